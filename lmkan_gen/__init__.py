@@ -1,0 +1,13 @@
+"""lmKAN layers with generated, auto-tuned kernels for CUDA and CPUs.
+
+Importing this touches neither CUDA nor a compiler; kernels are made when a layer is first called.
+"""
+
+from lmkan_gen.grid import knots
+from lmkan_gen.layer import LMKAN2DLayer
+from lmkan_gen.ops import lmkan
+from lmkan_gen.regularization import hessian_regularization
+
+__version__ = "0.1.0"
+
+__all__ = ["LMKAN2DLayer", "__version__", "hessian_regularization", "knots", "lmkan"]
