@@ -1,0 +1,118 @@
+"""What a device offers. Plain data, so one can ask what an `sm_86` would get without owning one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Device:
+    """Capabilities that kernel choices depend on.
+
+    Attributes:
+        kind: ``"cpu"`` or ``"cuda"``.
+        name: as the vendor calls the model; tuning files are matched by it.
+        arch: ``sm_XY`` for CUDA; a compiler's ``-march`` level such as ``x86-64-v4``, or
+            ``generic``, for CPU.
+        multiprocessors: streaming multiprocessors (CUDA) or usable cores (CPU).
+        shared_memory_per_block: largest opt-in shared memory of one block, bytes (0 on CPU).
+        shared_memory_per_multiprocessor: bytes (0 on CPU).
+    """
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    arch: str
+    multiprocessors: int
+    shared_memory_per_block: int = 0
+    shared_memory_per_multiprocessor: int = 0
+
+    @property
+    def compute_capability(self) -> int:
+        """``90`` for ``sm_90``; 0 on CPU."""
+        return int(self.arch.removeprefix("sm_")) if self.kind == "cuda" else 0
+
+
+#: a typical GPU of each supported architecture: CUDA C programming guide, technical specifications
+#: per compute capability; multiprocessors of the model named
+_TYPICAL = {
+    "sm_80": ("NVIDIA A100", 108, 163, 164),
+    "sm_86": ("NVIDIA GeForce RTX 3080", 68, 99, 100),
+    "sm_89": ("NVIDIA GeForce RTX 4090", 128, 99, 100),
+    "sm_90": ("NVIDIA H200", 132, 227, 228),
+    "sm_100": ("NVIDIA B200", 148, 227, 228),
+    "sm_120": ("NVIDIA GeForce RTX 5090", 170, 99, 100),
+}
+CUDA_ARCHITECTURES = tuple(_TYPICAL)
+
+
+def target(name: str) -> Device:
+    """A device by target name: ``cpu`` (this machine's) or ``sm_80`` ... ``sm_120`` (a typical GPU).
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+    if name == "cpu":
+        return cpu()
+    if name not in _TYPICAL:
+        raise ValueError(f"unknown target {name!r}; choose cpu or one of {', '.join(_TYPICAL)}")
+    model, multiprocessors, per_block, per_multiprocessor = _TYPICAL[name]
+    return Device("cuda", model, name, multiprocessors, per_block * KIB, per_multiprocessor * KIB)
+
+
+@cache
+def cpu() -> Device:
+    """This machine's processor."""
+    level = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
+    arch = level.get(torch.backends.cpu.get_cpu_capability(), "generic")
+    return Device("cpu", _cpu_name(), arch, torch.get_num_threads())
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    import platform
+
+    return platform.processor() or platform.machine()
+
+
+@cache
+def cuda(index: int) -> Device:
+    """The CUDA device with this index.
+
+    Raises:
+        RuntimeError: torch sees no such device.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no CUDA device")
+    p = torch.cuda.get_device_properties(index)
+    return Device(
+        "cuda",
+        p.name,
+        f"sm_{p.major}{p.minor}",
+        p.multi_processor_count,
+        p.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stubs lack it
+        p.shared_memory_per_multiprocessor,
+    )
+
+
+def of(device: torch.device) -> Device:
+    """What a torch device is.
+
+    Raises:
+        ValueError: neither cpu nor cuda.
+    """
+    if device.type == "cpu":
+        return cpu()
+    if device.type == "cuda":
+        return cuda(device.index if device.index is not None else torch.cuda.current_device())
+    raise ValueError(f"device {device} is not supported; move the layer to cpu or cuda")

@@ -1,0 +1,85 @@
+"""What is to be computed: an operation, on a layer shape, on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lmkan_gen.device import Device
+
+MIN_GRIDS = 3
+
+
+class Operation(StrEnum):
+    """One kernel's worth of work of an lmKAN layer.
+
+    ``BACKWARD`` computes both gradients together; ``GRAD_INPUT`` and ``GRAD_TABLE`` one each, so
+    that nobody pays for a gradient that was not asked for.
+    """
+
+    FORWARD = "forward"
+    GRAD_INPUT = "grad_input"
+    GRAD_TABLE = "grad_table"
+    BACKWARD = "backward"
+
+
+@dataclass(frozen=True, order=True)
+class LayerShape:
+    """Sizes of one layer call: ``x`` is ``[inputs, batch]``, ``y`` is ``[outputs, batch]``.
+
+    Raises:
+        ValueError: ``inputs`` odd or below 2, ``outputs`` below 1, ``grids`` below 3, ``batch``
+            negative.
+    """
+
+    inputs: int
+    outputs: int
+    grids: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        if self.inputs < 2 or self.inputs % 2:
+            raise ValueError(
+                f"inputs must be even and at least 2, got {self.inputs}: inputs are consumed in pairs"
+            )
+        if self.outputs < 1:
+            raise ValueError(f"outputs must be at least 1, got {self.outputs}")
+        if self.grids < MIN_GRIDS:
+            raise ValueError(
+                f"grids must be at least {MIN_GRIDS}, got {self.grids}: "
+                "the ghost knots are extrapolated from two inner ones"
+            )
+        if self.batch < 0:
+            raise ValueError(f"batch must not be negative, got {self.batch}")
+
+    @property
+    def pairs(self) -> int:
+        """Number of input pairs, ``inputs // 2``."""
+        return self.inputs // 2
+
+    @property
+    def knots(self) -> int:
+        """Knots of one function's grid, ``(grids + 1) ** 2``."""
+        return (self.grids + 1) ** 2
+
+    @property
+    def evaluations(self) -> int:
+        """Function evaluations of one pass, ``batch * pairs * outputs``."""
+        return self.batch * self.pairs * self.outputs
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the float32 parameter table."""
+        return 4 * self.knots * self.outputs * self.pairs
+
+    def __str__(self) -> str:
+        return f"{self.inputs},{self.outputs},{self.grids},{self.batch}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An operation on a shape on a device: all that a kernel family needs to know to answer."""
+
+    operation: Operation
+    shape: LayerShape
+    device: Device
