@@ -1,0 +1,88 @@
+"""What families hand to the launchers: plain data, no device code, no tensors.
+
+A `KernelSpec` says which source to render and for which architecture; it never depends on the
+batch, so one binary serves all batches. A `LaunchPlan` says which kernels of that binary to start,
+in which order, on which buffers; it does depend on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+Constant = int | str
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One rendered source file: template, its constants, and the architecture to compile for.
+
+    ``constants`` holds integers and names out of closed sets only (see `Family.space`); codegen
+    refuses anything else, so nothing unvalidated can reach generated source.
+    """
+
+    template: str
+    """File name under ``templates/``, e.g. ``tile_stationary.cu.j2``."""
+    arch: str
+    """``sm_90``, ... for CUDA; ``x86-64-v3``, ... for CPU (see `lmkan_gen.device`)."""
+    constants: tuple[tuple[str, Constant], ...]
+
+    @classmethod
+    def make(cls, template: str, arch: str, constants: Mapping[str, Constant]) -> KernelSpec:
+        """Build a spec with its constants in a canonical order."""
+        return cls(template, arch, tuple(sorted(constants.items())))
+
+    @property
+    def context(self) -> Mapping[str, Constant]:
+        """The constants as a read-only mapping, the template's whole input."""
+        return MappingProxyType(dict(self.constants))
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the source is CUDA device code (else C++)."""
+        return self.template.endswith(".cu.j2")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Scratch memory for the duration of one plan; contents undefined at the start."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Set a whole named buffer to zero bytes."""
+
+    buffer: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Start one kernel (CUDA) or call one function (CPU).
+
+    ``arguments``: a string names a buffer, passed as its address; an integer is passed as a signed
+    64-bit integer. ``grid``, ``block`` and ``shared_memory`` (bytes) are for CUDA only.
+    """
+
+    kernel: str
+    arguments: tuple[str | int, ...]
+    grid: tuple[int, int, int] = (1, 1, 1)
+    block: int = 1
+    shared_memory: int = 0
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """Workspace and steps of one operation call.
+
+    Buffer names a plan may use without declaring them: ``x`` ``[I, B]``, ``table``
+    ``[G+1, G+1, O, I/2]``, ``borders`` ``[G+1]``; for gradients ``grad`` ``[O, B]``; outputs ``y``,
+    ``grad_x``, ``grad_table``. All float32, contiguous. Outputs arrive uninitialised: the plan must
+    write every element.
+    """
+
+    workspaces: tuple[Workspace, ...]
+    steps: tuple[Fill | Launch, ...]

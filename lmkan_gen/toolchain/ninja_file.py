@@ -1,0 +1,102 @@
+"""Run many compilations at once with ninja."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+from lmkan_gen.toolchain.compiler import Compiler
+from lmkan_gen.toolchain.errors import CompilerMissing
+
+LOG = "build.log"
+
+#: what one nvcc with its cicc and ptxas may need
+_BYTES_PER_JOB = 1 << 30
+_FINISHED = re.compile(r"(?:\[\d+/\d+\] )?finished (\d+)")  # the status may be put back by a debugger
+_RULE = """\
+rule compile
+  command = cd $directory && $compile > {log} 2>&1 && mv {partial} $output
+  description = finished $directory
+"""
+_PARTIAL = "partial"
+
+
+def run(compilers: Sequence[Compiler], staging: Path, finished: Callable[[int], None]) -> str:
+    """Run ``compilers[i]`` on the source in directory ``str(i)``, a bad one without stopping the others.
+
+    Output files exist afterwards for exactly the jobs that succeeded; each job's compiler output is
+    in its `LOG`. ``finished(i)`` is called as job ``i`` ends, well or not. On any exception (Ctrl-C
+    among them) all compilers are stopped before it goes on. Returns what else ninja said.
+
+    Raises:
+        CompilerMissing: no ninja.
+    """
+    (staging / "build.ninja").write_text(_build_file(compilers))
+    command = [executable(), "-k", "0", "-j", str(_parallel(len(compilers)))]
+    # an empty status: each line of output is then a description
+    environment = {**os.environ, "NINJA_STATUS": ""}
+    with subprocess.Popen(
+        command,
+        cwd=staging,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        said = []
+        try:
+            for line in process.stdout:
+                if match := _FINISHED.fullmatch(line.strip()):
+                    finished(int(match.group(1)))
+                else:
+                    said.append(line)
+        except BaseException:
+            process.terminate()
+            raise
+    return "".join(said)
+
+
+def _build_file(compilers: Sequence[Compiler]) -> str:
+    parts = [_RULE.format(log=LOG, partial=_PARTIAL)]
+    for i, compiler in enumerate(compilers):
+        command = shlex.join(compiler.command(_PARTIAL)).replace("$", "$$")
+        parts.append(
+            f"build {i}/{compiler.output}: compile {i}/{compiler.source}\n"
+            f"  directory = {i}\n"
+            f"  output = {compiler.output}\n"
+            f"  compile = {command}\n"
+        )
+    return "".join(parts)
+
+
+def executable() -> str:
+    """Path of ninja: of its Python package, else on the PATH.
+
+    Raises:
+        CompilerMissing: there is none.
+    """
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        BIN_DIR = ""
+    found = shutil.which("ninja", path=BIN_DIR) if BIN_DIR else None
+    found = found or shutil.which("ninja")
+    if found is None:
+        raise CompilerMissing("no ninja on this machine; install it with: pip install ninja")
+    return found
+
+
+def _parallel(jobs: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = psutil.virtual_memory().available // _BYTES_PER_JOB
+    return int(max(1, min(jobs, cores, memory)))
