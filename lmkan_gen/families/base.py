@@ -1,0 +1,107 @@
+"""What a kernel family is: one way to compute some operations on one kind of device.
+
+A family is one module in this package (plus one template) that assigns an instance to ``FAMILY``.
+It is found by name; nothing else has to be edited to add one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import ClassVar, Literal
+
+from lmkan_gen.plan import Constant, KernelSpec, LaunchPlan
+from lmkan_gen.problem import Operation, Problem
+
+Parameters = Mapping[str, Constant]
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One reason why parameters do not fit a problem: ``limit`` groups them in statistics."""
+
+    limit: str
+    """A short name: ``shared_memory``, ``threads``, ``registers``, ``divisibility``, ``wasted`` ..."""
+    message: str
+    """Names the parameter, its value, the limit, and what would fit."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the user asked for in the seed's terms; ``None`` leaves it to tuning."""
+
+    tile_size: int | None = None
+    block_size: int | None = None
+    fast_mode: bool = False
+
+    @property
+    def is_free(self) -> bool:
+        """True when no tile or block was demanded."""
+        return self.tile_size is None and self.block_size is None
+
+
+class Family(ABC):
+    """One way to compute some operations on one kind of device."""
+
+    name: ClassVar[str]
+    device_kind: ClassVar[Literal["cpu", "cuda"]]
+    operations: ClassVar[frozenset[Operation]]
+    #: one line for tables and docs
+    idea: ClassVar[str]
+
+    @abstractmethod
+    def space(self, operation: Operation) -> Mapping[str, tuple[Constant, ...]]:
+        """All values each tunable parameter may take. Values are integers or identifiers."""
+
+    @abstractmethod
+    def default(self, problem: Problem) -> Parameters | None:
+        """A good guess from analysis alone, or None when nothing fits."""
+
+    @abstractmethod
+    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        """Why ``parameters`` (inside the space) cannot or should not run; empty when they can."""
+
+    @abstractmethod
+    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+        """The source to render. Must not depend on ``problem.shape.batch``."""
+
+    @abstractmethod
+    def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
+        """Launches for ``problem.shape.batch >= 1`` samples."""
+
+    def demanded(self, problem: Problem, demand: Demand) -> Mapping[str, Constant] | None:
+        """Parameters fixed by the seed's tile and block arguments; None: no such notion here."""
+        return None
+
+    def wasted(self, problem: Problem, parameters: Parameters) -> bool:
+        """Whether feasible ``parameters`` are not worth trying, such as tiles that are mostly padding."""
+        return False
+
+    def preference(self, problem: Problem) -> float:
+        """Rank among families whose defaults fit an untuned problem: the largest is taken."""
+        return 0.0
+
+    def check(self, operation: Operation, parameters: Parameters) -> None:
+        """Raise ValueError unless ``parameters`` has exactly the space's names, with allowed values."""
+        space = self.space(operation)
+        if unknown := sorted(set(parameters) - set(space)):
+            raise ValueError(
+                f"family {self.name}: unknown parameter {unknown[0]!r} for {operation}; "
+                f"it has {', '.join(sorted(space))}"
+            )
+        for name, allowed in space.items():
+            if name not in parameters:
+                raise ValueError(f"family {self.name}: parameter {name!r} is missing for {operation}")
+            value = parameters[name]
+            if isinstance(value, bool) or not any(value == a and type(value) is type(a) for a in allowed):
+                choices = ", ".join(map(str, allowed))
+                raise ValueError(
+                    f"family {self.name}: parameter {name} is {value!r}, must be one of {choices}"
+                )
+
+    def candidates(self, problem: Problem) -> list[dict[str, Constant]]:
+        """Every point of the space, feasible or not, in a fixed order."""
+        space = self.space(problem.operation)
+        return [dict(zip(space, values, strict=True)) for values in product(*space.values())]
