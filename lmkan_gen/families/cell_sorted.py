@@ -1,0 +1,254 @@
+"""Cell-sorted CUDA gradients: samples sorted by cell, what belongs to a cell kept in registers.
+
+See the head of ``templates/cell_sorted.cu.j2`` for the idea and what bounds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lmkan_gen.families.base import Family, Parameters, Violation
+from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Workspace
+from lmkan_gen.problem import Operation, Problem
+
+_WARP = 32
+_SORT_THREADS = 1024
+_BLOCK_WARPS = 8
+_MAX_BUCKETS = 8192  # 32 KiB of counters: fits the default shared memory of every GPU
+_RECORD_BYTES = 16
+_REGISTERS = 65536
+_MAX_GRID = 65535  # blocks along the second and third axis
+#: samples sorted at a time are bounded so that scratch memory is, whatever the batch
+WORKSPACE_BYTES = 256 * 1024 * 1024
+
+
+class CellSorted(Family):
+    """Gradients with samples sorted by cell; any grid, any width."""
+
+    name = "cell_sorted"
+    device_kind = "cuda"
+    operations = frozenset({Operation.GRAD_INPUT, Operation.GRAD_TABLE, Operation.BACKWARD})
+    idea = "samples sorted by cell, a warp walks a run with the cell's corners in registers"
+
+    def space(self, operation: Operation) -> Mapping[str, tuple[Constant, ...]]:
+        """See base class.
+
+        ``items * 1024`` samples are sorted together, a warp walks ``segment`` of them, a lane has
+        ``vector`` outputs and asks for ``unroll`` samples at once; a multiprocessor holds ``blocks``.
+        """
+        return {
+            "items": (1, 2, 4, 8, 16, 32),
+            "segment": (32, 64, 128, 256, 512, 1024),
+            "vector": (1, 2, 4, 8),
+            "unroll": (2, 4, 8),
+            "blocks": (2, 3, 4, 5),
+        }
+
+    def preference(self, problem: Problem) -> float:
+        """Where tables of a tile fit into shared memory, reading them there is faster for one gradient."""
+        return {Operation.BACKWARD: 1.0, Operation.GRAD_INPUT: -1.0}.get(problem.operation, 0.0)
+
+    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        """See base class."""
+        shape, device = problem.shape, problem.device
+        items, segment, vector, unroll, blocks = _values(parameters)
+        found = []
+        if shape.pairs > _MAX_GRID:
+            found.append(Violation("grid", f"{shape.pairs} input pairs, at most {_MAX_GRID} fit a launch"))
+        if items > 1 and _SORT_THREADS * items // 2 >= shape.batch:
+            found.append(
+                Violation(
+                    "wasted", f"items={items} sorts {_SORT_THREADS * items} samples, batch {shape.batch}"
+                )
+            )
+        if items > 1 and (need := self._scratch(problem, items, vector)) > WORKSPACE_BYTES:
+            found.append(
+                Violation(
+                    "workspace",
+                    f"items={items} needs {need} bytes of scratch memory, the limit is {WORKSPACE_BYTES}",
+                )
+            )
+        if vector > 1 and 16 * vector >= shape.outputs:
+            found.append(
+                Violation("wasted", f"vector={vector} covers {_WARP * vector} outputs of {shape.outputs}")
+            )
+        if segment > _SORT_THREADS * items:
+            found.append(Violation("wasted", f"segment={segment} is longer than a chunk"))
+        need, most = self._shared_memory(problem, parameters), device.shared_memory_per_multiprocessor
+        if need > device.shared_memory_per_block or blocks * (need + 1024) > most:
+            found.append(
+                Violation(
+                    "shared_memory",
+                    f"{blocks} blocks with segment={segment} need {need} bytes of shared memory each, "
+                    f"{device.name} has {device.shared_memory_per_block} per block, {most} in all",
+                )
+            )
+        with_input = problem.operation is not Operation.GRAD_TABLE
+        with_table = problem.operation is not Operation.GRAD_INPUT
+        kept = (2 * unroll + 4 * with_table + 3 * with_input) * vector + 2 * unroll * with_input
+        # addresses and weights; before sm_90 additions are single, each with an address of its own
+        kept += 24 if device.compute_capability >= 90 else 40
+        limit = min(255, _REGISTERS // (blocks * _WARP * _warps(problem, vector)))
+        if kept > limit:
+            found.append(
+                Violation(
+                    "registers",
+                    f"{blocks} blocks leave {limit} registers a thread, vector={vector} and unroll={unroll} "
+                    f"need about {kept}",
+                )
+            )
+        return found
+
+    @staticmethod
+    def _scratch(problem: Problem, items: int, vector: int) -> int:
+        """Bytes of one chunk's records and transposed gradients (packed tables come on top)."""
+        shape = problem.shape
+        return _SORT_THREADS * items * (_RECORD_BYTES * shape.pairs + 4 * _padded(shape.outputs, vector))
+
+    @staticmethod
+    def _shared_memory(problem: Problem, parameters: Parameters) -> int:
+        """Bytes of a walking block: staged records, and for input gradients two numbers a sample and warp."""
+        _, segment, vector, _, _ = _values(parameters)
+        warps = _warps(problem, vector)
+        records = warps // _out_warps(problem, vector) * segment * _RECORD_BYTES
+        return records + (problem.operation is not Operation.GRAD_TABLE) * warps * segment * 8
+
+    def default(self, problem: Problem) -> Parameters | None:
+        """Wide lanes, chunks whose gradients stay in cache, segments short enough to fill the device."""
+        shape = problem.shape
+        vector = next((v for v in (8, 4, 2) if 16 * v < shape.outputs), 1)
+        # finer grids need more samples in a chunk for runs of equal cells
+        sizes = (16, 8, 4, 2, 1) if shape.knots > 1000 else (8, 4, 2, 1)
+        warps_wanted = 16 * problem.device.multiprocessors
+        runs = shape.pairs * -(-shape.outputs // (_WARP * vector))
+        for items in sizes:
+            samples = min(shape.batch, items * _SORT_THREADS)
+            enough = [s for s in (512, 256, 128, 64) if runs * -(-samples // s) >= warps_wanted]
+            for segment in (*enough, 32):
+                parameters = {"items": items, "segment": segment, "vector": vector, "unroll": 2, "blocks": 2}
+                if not self.violations(problem, parameters):
+                    return parameters
+        return None
+
+    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+        """See base class."""
+        items, segment, vector, unroll, blocks = _values(parameters)
+        out_warps = _out_warps(problem, vector)
+        return KernelSpec.make(
+            "cell_sorted.cu.j2",
+            problem.device.arch,
+            {
+                "operation": str(problem.operation),
+                "grids": problem.shape.grids,
+                "items": items,
+                "segment": segment,
+                "vector": vector,
+                "unroll": unroll,
+                "blocks": blocks,
+                "out_warps": out_warps,
+                "segments": _warps(problem, vector) // out_warps,
+                "shift": _shift(problem.shape.knots),
+                "capability": problem.device.compute_capability,
+            },
+        )
+
+    def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
+        """See base class."""
+        shape, operation = problem.shape, problem.operation
+        items, segment, vector, _, _ = _values(parameters)
+        with_table, with_input = operation is not Operation.GRAD_INPUT, operation is not Operation.GRAD_TABLE
+        chunk = _SORT_THREADS * items
+        padded = _padded(shape.outputs, vector)
+        out_warps, warps = _out_warps(problem, vector), _warps(problem, vector)
+        out_blocks = -(-padded // (_WARP * vector * out_warps))
+        packed_bytes = 4 * padded * shape.knots * shape.pairs
+        tiles = (shape.knots, -(-shape.outputs // 32), -(-shape.pairs // 32))
+        chunks = max(
+            1, min(WORKSPACE_BYTES // self._scratch(problem, items, vector), _MAX_GRID // shape.pairs)
+        )
+        slab = min(chunk * chunks, -(-shape.batch // chunk) * chunk)
+        workspaces = [
+            Workspace("records", _RECORD_BYTES * shape.pairs * slab),
+            Workspace("rows", 4 * padded * (min(slab, shape.batch) + 1)),
+        ]
+        steps: list[Fill | Launch] = []
+        sizes = (shape.pairs, shape.outputs, padded)
+        if with_table:
+            workspaces.append(Workspace("sums", packed_bytes))
+            steps.append(Fill("sums"))
+        if with_input:
+            workspaces.append(Workspace("packed", packed_bytes))
+            # all of the padded outputs are read, so all of them are written
+            grid = (shape.knots, padded // 32, -(-shape.pairs // 32))
+            steps.append(Launch("lmkan_pack_table", ("table", "packed", *sizes), grid, 256))
+            if out_blocks > 1:
+                steps.append(Fill("grad_x"))
+        for first in range(0, shape.batch, slab):
+            count = min(slab, shape.batch - first)
+            chunks = -(-count // chunk)
+            steps.append(
+                Launch(
+                    "lmkan_transpose_gradient",
+                    ("grad", "rows", shape.batch, shape.outputs, padded, first, count),
+                    (-(-(count + 1) // 32), padded // 32, 1),
+                    256,
+                )
+            )
+            buckets = (shape.knots >> _shift(shape.knots)) + 1
+            steps.append(
+                Launch(
+                    "lmkan_sort_samples",
+                    ("x", "borders", "records", shape.batch, first, count),
+                    (shape.pairs, chunks, 1),
+                    _SORT_THREADS,
+                    4 * (buckets + shape.grids + 1),
+                )
+            )
+            arguments: list[str | int] = ["records", "rows"]
+            if with_input:
+                arguments += ["packed", "borders", "grad_x", shape.batch, first]
+            if with_table:
+                arguments += ["sums"]
+            samples_per_block = segment * (warps // out_warps)
+            steps.append(
+                Launch(
+                    f"lmkan_{operation}_walk",
+                    (*arguments, padded, count, shape.pairs),
+                    (-(-min(chunk, count) // samples_per_block), out_blocks, shape.pairs * chunks),
+                    _WARP * warps,
+                    self._shared_memory(problem, parameters),
+                )
+            )
+        if with_table:
+            steps.append(Launch("lmkan_unpack_table", ("sums", "grad_table", *sizes), tiles, 256))
+        return LaunchPlan(tuple(workspaces), tuple(steps))
+
+
+def _values(parameters: Parameters) -> tuple[int, int, int, int, int]:
+    items, segment, vector, unroll, blocks = (
+        int(parameters[k]) for k in ("items", "segment", "vector", "unroll", "blocks")
+    )
+    return items, segment, vector, unroll, blocks
+
+
+def _out_warps(problem: Problem, vector: int) -> int:
+    """Warps of a block that stand side by side along the outputs."""
+    return min(_BLOCK_WARPS, _padded(problem.shape.outputs, vector) // (_WARP * vector))
+
+
+def _warps(problem: Problem, vector: int) -> int:
+    """Warps of a walking block."""
+    out_warps = _out_warps(problem, vector)
+    return _BLOCK_WARPS // out_warps * out_warps
+
+
+def _padded(outputs: int, vector: int) -> int:
+    return -(-outputs // (_WARP * vector)) * _WARP * vector
+
+
+def _shift(knots: int) -> int:
+    """Knots per sorting bucket as a power of two: 0 up to a grid of about 90."""
+    return max(0, (knots // _MAX_BUCKETS).bit_length())
+
+
+FAMILY = CellSorted()
