@@ -1,0 +1,223 @@
+"""From an operation on tensors to the kernel that runs it.
+
+The way is selection -> family -> compiler -> launcher. It is walked once per operation, shape,
+device and demand; later calls find the prepared kernel in a dictionary. Where no kernel can be had,
+`lmkan_gen.reference` runs instead and a warning says why. ``LMKAN_GEN_DISABLE_KERNELS=1`` in the
+environment makes it run always; it is read at every call.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lmkan_gen import device as devices
+from lmkan_gen import reference
+from lmkan_gen.families import Demand, family
+from lmkan_gen.plan import KernelSpec
+from lmkan_gen.problem import LayerShape, Operation, Problem
+
+if TYPE_CHECKING:
+    from lmkan_gen.selection import Choice
+
+DISABLE_VARIABLE = "LMKAN_GEN_DISABLE_KERNELS"
+
+Buffers = Mapping[str, Tensor]
+Run = Callable[[Buffers], None]
+
+#: prepared kernels kept; a program with more shapes than that prepares some of them again
+_CAPACITY = 4096
+
+
+@dataclass(frozen=True)
+class Used:
+    """What one operation ran on: a record for reports.
+
+    Attributes:
+        operation: ``BACKWARD`` only when one kernel computes both gradients.
+        shape: of the call.
+        device: of the tensors.
+        demand: what the caller had asked for.
+        choice: what selection answered.
+        fallback: why the torch reference ran instead of the chosen kernel; None when the choice ran.
+    """
+
+    operation: Operation
+    shape: LayerShape
+    device: torch.device
+    demand: Demand
+    choice: Choice
+    fallback: str | None
+
+    @property
+    def kernel(self) -> str | None:
+        """Name of the kernel family that ran; None: the torch reference."""
+        return None if self.fallback else self.choice.family
+
+    def describe(self) -> str:
+        """One line: what ran, and why."""
+        words = self.choice.describe()
+        return f"{words}; plain torch ran instead: {self.fallback}" if self.fallback else words
+
+
+_Key = tuple[Operation, LayerShape, torch.device, Demand, bool]
+_prepared: dict[_Key, tuple[tuple[Run, ...], tuple[Used, ...]]] = {}
+_failed: dict[KernelSpec, str] = {}
+_warned: set[str] = set()
+
+
+def execute(
+    operation: Operation, shape: LayerShape, device: torch.device, demand: Demand, buffers: Buffers
+) -> None:
+    """Run one operation on float32 buffers.
+
+    Args:
+        operation: what to compute. ``BACKWARD`` computes both gradients, in whichever way is faster.
+        shape: sizes of the call; they must be those of the buffers.
+        device: where the buffers are.
+        demand: tile and block sizes to be honoured.
+        buffers: contiguous tensors by the names of `lmkan_gen.plan.LaunchPlan`: ``x``, ``table``,
+            ``borders``, for gradients ``grad``, and the outputs, which need no initialisation.
+
+    Raises:
+        ValueError: the demand cannot be honoured, or the device is neither a CPU nor a CUDA device.
+    """
+    if shape.batch == 0:
+        if "grad_table" in buffers:
+            buffers["grad_table"].zero_()
+        return
+    key = (operation, shape, device, demand, kernels_disabled())
+    found = _prepared.get(key)
+    if found is None:
+        if len(_prepared) >= _CAPACITY:
+            _prepared.pop(next(iter(_prepared)))
+        found = _prepared[key] = _prepare(operation, shape, device, demand)
+    for run in found[0]:
+        run(buffers)
+
+
+def execute_backward(shape: LayerShape, device: torch.device, demand: Demand, buffers: Buffers) -> None:
+    """Both gradients; see `execute`."""
+    execute(Operation.BACKWARD, shape, device, demand, buffers)
+
+
+def explain(
+    operation: Operation, shape: LayerShape, device: torch.device, demand: Demand | None = None
+) -> list[Choice]:
+    """What `execute` would choose: one choice, or two where the gradients are computed apart.
+
+    Nothing is compiled or run, so a kernel named here may still turn out not to compile; `used`
+    tells what did run.
+
+    Raises:
+        ValueError: as `execute`.
+    """
+    from lmkan_gen import selection
+
+    problem = Problem(operation, shape, devices.of(device))
+    demand = demand or Demand()
+    if kernels_disabled():
+        tier = selection.Tier.REFERENCE
+        return [selection.Choice(problem, None, {}, tier, f"{DISABLE_VARIABLE} is set")]
+    if operation is Operation.BACKWARD:
+        return list(selection.select_backward(problem, demand))
+    return [selection.select(problem, demand)]
+
+
+def used() -> list[Used]:
+    """What has run in this process, each shape and device once, oldest first."""
+    return [record for _, records in _prepared.values() for record in records]
+
+
+def clear_caches() -> None:
+    """Forget prepared kernels, failures and warnings given, so that everything is decided afresh."""
+    for cache in (_prepared, _failed, _warned):
+        cache.clear()
+
+
+def kernels_disabled() -> bool:
+    """Whether the environment forces the torch reference."""
+    return os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0")
+
+
+def _prepare(
+    operation: Operation, shape: LayerShape, device: torch.device, demand: Demand
+) -> tuple[tuple[Run, ...], tuple[Used, ...]]:
+    runs, records = [], []
+    for choice in explain(operation, shape, device, demand):
+        run, fallback = _prepare_choice(choice, shape, device)
+        runs.append(run)
+        records.append(Used(choice.problem.operation, shape, device, demand, choice, fallback))
+    return tuple(runs), tuple(records)
+
+
+def _prepare_choice(choice: Choice, shape: LayerShape, device: torch.device) -> tuple[Run, str | None]:
+    """The callable for ``choice``, and why it is the reference if that was not the choice."""
+    operation = choice.problem.operation
+    if choice.family is None:
+        return _REFERENCE[operation], None
+    # selection may answer with the problem that it looked up; plans need the exact batch
+    problem = Problem(operation, shape, choice.problem.device)
+    chosen = family(choice.family)
+    spec = chosen.spec(problem, choice.parameters)
+    if spec not in _failed:
+        try:
+            plan = chosen.plan(problem, choice.parameters)
+            if spec.is_cuda:
+                from lmkan_gen.launch import cuda
+
+                return cuda.prepare(spec, plan, device), None
+            from lmkan_gen.launch import cpu
+
+            return cpu.prepare(spec, plan, device), None
+        # RuntimeError: no compiler, source that does not compile, a driver that refuses the binary;
+        # OSError: a store that cannot be written, a library that cannot be loaded;
+        # ImportError: CUDA bindings that are not installed
+        except (RuntimeError, OSError, ImportError) as error:
+            _failed[spec] = str(error) or type(error).__name__
+            _warn(device, error)
+    return _REFERENCE[operation], _failed[spec]
+
+
+def _warn(device: torch.device, error: Exception) -> None:
+    cause = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    if cause in _warned:
+        return
+    _warned.add(cause)
+    warnings.warn(
+        f"no lmKAN kernel for {device.type}, plain torch runs instead (same numbers, slower): {cause}. "
+        f"`lmkan-gen doctor` shows what is missing; {DISABLE_VARIABLE}=1 asks for plain torch silently",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _forward(b: Buffers) -> None:
+    reference.forward(b["x"], b["table"], b["borders"], b["y"])
+
+
+def _grad_input(b: Buffers) -> None:
+    reference.grad_input(b["grad"], b["x"], b["table"], b["borders"], b["grad_x"])
+
+
+def _grad_table(b: Buffers) -> None:
+    reference.grad_table(b["grad"], b["x"], b["borders"], b["grad_table"])
+
+
+def _backward(b: Buffers) -> None:
+    _grad_input(b)
+    _grad_table(b)
+
+
+_REFERENCE: dict[Operation, Run] = {
+    Operation.FORWARD: _forward,
+    Operation.GRAD_INPUT: _grad_input,
+    Operation.GRAD_TABLE: _grad_table,
+    Operation.BACKWARD: _backward,
+}

@@ -1,0 +1,112 @@
+"""How fine a grid each kernel family can serve on a device, for the tile sizes users know.
+
+Nothing here knows a memory formula: the families' own `violations` are asked, so the answer is what
+the layer would do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lmkan_gen.device import Device
+from lmkan_gen.families import Demand, Family, Parameters, families
+from lmkan_gen.problem import MIN_GRIDS, LayerShape, Operation, Problem
+
+TILE_SIZES = (4, 8, 16)
+#: a family that still runs here is taken to have no limit of its own
+UNLIMITED = 256
+#: a layer that every tile size divides and that is large enough to leave no tile under-used
+_INPUTS = _OUTPUTS = 512
+_BATCH = 1 << 18
+
+#: tile, and the values of a family's named parameters
+_Key = tuple[int | None, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The largest grid of one way to run an operation.
+
+    Attributes:
+        operation: what is computed.
+        family: the kernel family.
+        tile: the seed's tile size; None for families without such a notion.
+        variant: values of the family's named (non-numeric) parameters that the limit depends on, such
+            as ``mode=fast``; empty when there is none.
+        num_grids: largest feasible value, at most `UNLIMITED`; None when nothing fits.
+    """
+
+    operation: Operation
+    family: str
+    tile: int | None
+    variant: str
+    num_grids: int | None
+
+    @property
+    def is_unlimited(self) -> bool:
+        """Whether the family runs at any grid a user may want."""
+        return self.num_grids == UNLIMITED
+
+
+def limits(device: Device) -> list[Limit]:
+    """One entry per operation, family, tile and variant, in that order, for ``device``."""
+    return [
+        limit
+        for operation in Operation
+        for family in families(device.kind, operation)
+        for limit in _family_limits(family, operation, device)
+    ]
+
+
+def _family_limits(family: Family, operation: Operation, device: Device) -> list[Limit]:
+    named = [n for n, values in family.space(operation).items() if isinstance(values[0], str)]
+    groups: dict[_Key, list[Parameters]] = {}
+    for tile, candidates in _by_tile(family, _problem(operation, device, MIN_GRIDS)).items():
+        for candidate in candidates:
+            key = (tile, tuple(str(candidate[n]) for n in named))
+            groups.setdefault(key, []).append(candidate)
+    largest = {key: _largest(family, operation, device, group) for key, group in groups.items()}
+    shown = [i for i in range(len(named)) if _matters(i, largest)]
+    rows = {
+        (tile, ", ".join(f"{named[i]}={values[i]}" for i in shown)): num_grids
+        for (tile, values), num_grids in largest.items()
+    }
+    return [Limit(operation, family.name, tile, variant, n) for (tile, variant), n in rows.items()]
+
+
+def _by_tile(family: Family, problem: Problem) -> dict[int | None, list[Parameters]]:
+    candidates: list[Parameters] = list(family.candidates(problem))
+    if family.demanded(problem, Demand(tile_size=TILE_SIZES[0])) is None:
+        return {None: candidates}
+    by_tile: dict[int | None, list[Parameters]] = {}
+    for tile in TILE_SIZES:
+        demands = (Demand(tile_size=tile), Demand(tile_size=tile, fast_mode=True))
+        fixed = [f for d in demands if (f := family.demanded(problem, d)) is not None]
+        by_tile[tile] = [c for c in candidates if any(f.items() <= c.items() for f in fixed)]
+    return by_tile
+
+
+def _matters(position: int, largest: Mapping[_Key, int | None]) -> bool:
+    """Whether any limit changes with the named parameter at this position, all else equal."""
+    seen: dict[_Key, int | None] = {}
+    for (tile, values), num_grids in largest.items():
+        others = (tile, values[:position] + values[position + 1 :])
+        if seen.setdefault(others, num_grids) != num_grids:
+            return True
+    return False
+
+
+def _problem(operation: Operation, device: Device, grids: int) -> Problem:
+    return Problem(operation, LayerShape(_INPUTS, _OUTPUTS, grids, _BATCH), device)
+
+
+def _largest(
+    family: Family, operation: Operation, device: Device, candidates: list[Parameters]
+) -> int | None:
+    # downwards and one by one: families may have reasons other than memory, so nothing is monotonic
+    for grids in range(UNLIMITED, MIN_GRIDS - 1, -1):
+        problem = _problem(operation, device, grids)
+        if any(not family.violations(problem, c) for c in candidates):
+            return grids
+    return None

@@ -1,0 +1,421 @@
+"""Which kernel a problem gets: tuning files and demands in, one `Choice` out."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import lru_cache
+from itertools import product
+from types import MappingProxyType
+
+from lmkan_gen.device import Device
+from lmkan_gen.families import Demand, Family, Parameters, families, family
+from lmkan_gen.plan import Constant
+from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.tuning_sources import (
+    TUNING_VARIABLE,
+    Source,
+    evidence,
+    forget_files,
+    sources,
+    user_tuning_directory,
+)
+
+__all__ = [
+    "TUNING_VARIABLE",
+    "Choice",
+    "Source",
+    "Tier",
+    "clear_caches",
+    "default_choice",
+    "select",
+    "select_backward",
+    "sources",
+    "tune_command",
+    "tuned_choices",
+    "user_tuning_directory",
+]
+
+logger = logging.getLogger("lmkan_gen")
+
+_SPLIT = (Operation.GRAD_INPUT, Operation.GRAD_TABLE)
+_BACKWARD = (*_SPLIT, Operation.BACKWARD)
+
+
+class Tier(StrEnum):
+    """How well a choice is founded, best first."""
+
+    EXACT = "exact"
+    NEAREST_SHAPE = "nearest_shape"
+    NEAREST_DEVICE = "nearest_device"
+    DEFAULT = "default"
+    REFERENCE = "reference"
+    DEMANDED = "demanded"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel for one problem.
+
+    Attributes:
+        family: name of the kernel family; None: the plain torch reference.
+        parameters: the family's parameters (empty for the reference).
+        tier: how well the choice is founded.
+        source: the tuning file it came from, or words.
+        time_us: median time in microseconds from the tuning file; None unless the tier is exact.
+        tuned_for: the shape that the parameters were measured on; None when they were not.
+        cost: measured picoseconds per function evaluation there; compares choices that were tuned
+            for one shape. None when not measured.
+    """
+
+    problem: Problem
+    family: str | None
+    parameters: Parameters = field(hash=False)
+    tier: Tier
+    source: str
+    time_us: float | None = None
+    tuned_for: LayerShape | None = None
+    cost: float | None = None
+
+    def describe(self) -> str:
+        """One line: what runs, and why."""
+        p = self.problem
+        what = "plain torch"
+        if self.family is not None:
+            settings = ", ".join(f"{k}={v}" for k, v in sorted(self.parameters.items()))
+            what = f"{self.family}({settings})"
+        time = f", {self.time_us:.1f} us" if self.time_us is not None else ""
+        tuned_for = f", tuned for {self.tuned_for}" if self.tier is Tier.NEAREST_SHAPE else ""
+        tier = self.tier.replace("_", " ")
+        return f"{p.operation} {p.shape} on {p.device.name}: {what} [{tier}{tuned_for}, {self.source}{time}]"
+
+
+def select(problem: Problem, demand: Demand | None = None) -> Choice:
+    """The kernel to run for ``problem``.
+
+    In order: an entry of a tuning file for this device and shape; the nearest shape on this device;
+    the nearest device of the same architecture; a family's analytic default; plain torch. A batch
+    of zero gets the choice of a batch of one.
+
+    Args:
+        problem: what is to be computed.
+        demand: the seed's tile and block arguments. They are honoured or refused, except on CPUs,
+            where they mean nothing.
+
+    Raises:
+        ValueError: the demand cannot be honoured; says which limit it breaks and what would fit.
+    """
+    return _select(problem, demand or Demand(), os.environ.get(TUNING_VARIABLE))
+
+
+def select_backward(problem: Problem, demand: Demand | None = None) -> tuple[Choice, ...]:
+    """The kernels for both gradients: one fused, or one for each.
+
+    Args:
+        problem: its operation is ignored.
+        demand: as in `select`; kernels without tiles are left out when one is demanded.
+
+    Returns:
+        One choice with operation ``BACKWARD``, or two (``GRAD_INPUT``, ``GRAD_TABLE``).
+
+    Raises:
+        ValueError: as in `select`.
+    """
+    return _select_backward(
+        problem.shape, problem.device, demand or Demand(), os.environ.get(TUNING_VARIABLE)
+    )
+
+
+def clear_caches() -> None:
+    """Forget choices and file contents, so that tuning files are read again."""
+    _select.cache_clear()
+    _select_backward.cache_clear()
+    forget_files()
+    _announced.clear()
+
+
+def default_choice(problem: Problem) -> Choice | None:
+    """The analytic default of the families, of the most preferred one where several fit."""
+    best: tuple[float, Family, Parameters] | None = None
+    for f in families(problem.device.kind, problem.operation):
+        parameters = f.default(problem)
+        if parameters is None or f.violations(problem, parameters):
+            continue
+        preference = f.preference(problem)
+        if best is None or preference > best[0]:
+            best = (preference, f, parameters)
+    if best is None:
+        return None
+    return _choice(problem, best[1].name, best[2], Tier.DEFAULT, "analytic default")
+
+
+def tuned_choices(problem: Problem) -> Iterator[Choice]:
+    """Choices from tuning files that fit ``problem``, best founded first."""
+    for found in evidence(problem):
+        entry = found.entry
+        if family(entry.family).violations(problem, entry.parameters):
+            continue
+        tier = Tier.NEAREST_DEVICE
+        if found.same_device:
+            tier = Tier.NEAREST_SHAPE if found.distance else Tier.EXACT
+        yield _choice(
+            problem,
+            entry.family,
+            entry.parameters,
+            tier,
+            str(found.source.path),
+            time_us=entry.time_us.median if tier is Tier.EXACT else None,
+            tuned_for=entry.shape.layer,
+            cost=1e6 * entry.time_us.median / entry.shape.layer.evaluations,
+        )
+
+
+def tune_command(problem: Problem) -> str:
+    """The shell command that would tune ``problem``."""
+    operation = "backward" if problem.operation in _BACKWARD else problem.operation
+    return f"lmkan-gen tune --device {problem.device.kind} --shape {problem.shape} --operation {operation}"
+
+
+def _choice(
+    problem: Problem,
+    name: str | None,
+    parameters: Parameters,
+    tier: Tier,
+    source: str,
+    *,
+    time_us: float | None = None,
+    tuned_for: LayerShape | None = None,
+    cost: float | None = None,
+) -> Choice:
+    frozen = MappingProxyType(dict(parameters))
+    return Choice(problem, name, frozen, tier, source, time_us, tuned_for, cost)
+
+
+@lru_cache(maxsize=4096)
+def _select(problem: Problem, demand: Demand, environment: str | None) -> Choice:
+    choice = _pick(problem, demand)
+    _announce(choice)
+    return choice
+
+
+@lru_cache(maxsize=4096)
+def _select_backward(
+    shape: LayerShape, device: Device, demand: Demand, environment: str | None
+) -> tuple[Choice, ...]:
+    if demand.is_free:
+        demand = Demand()  # without a tile or a block to go with, the fast mode is what is chosen anyway
+    # Where nothing was measured the order decides. One kernel for both gradients is faster than two,
+    # but among those with tiles, which a demand asks for, two are.
+    ways = ((Operation.BACKWARD,), _SPLIT) if demand.is_free else (_SPLIT, (Operation.BACKWARD,))
+    alternatives = [tuple(Problem(o, shape, device) for o in operations) for operations in ways]
+    if device.kind == "cuda" and not demand.is_free:
+        tiled = [a for a in alternatives if any(_tiled_families(p, demand) for p in a)]
+        alternatives = tiled or alternatives
+    chosen, refusals = [], []
+    for alternative in alternatives:
+        try:
+            chosen.append(tuple(_pick(p, demand) for p in alternative))
+        except ValueError as error:
+            refusals.append(error)
+    if not chosen:
+        raise refusals[0]
+    runnable = [c for c in chosen if all(choice.family is not None for choice in c)]
+    # the reference for both gradients shares work between them
+    fused = next((c for c in chosen if len(c) == 1), chosen[0])
+    best = min(runnable, key=_rank) if runnable else fused
+    for choice in best:
+        _announce(choice)
+    return best
+
+
+def _pick(problem: Problem, demand: Demand) -> Choice:
+    s = problem.shape
+    if s.batch == 0:
+        problem = replace(problem, shape=LayerShape(s.inputs, s.outputs, s.grids, 1))
+    return _demanded_choice(problem, demand) or _free_choice(problem)
+
+
+def _rank(choices: tuple[Choice, ...]) -> tuple[int, float]:
+    """Of a whole alternative: the worst foundation of a part, then the measured cost.
+
+    A time measured for this shape says more than one scaled from another shape. The cost is infinite
+    when a part was never measured.
+    """
+    worst = max(list(Tier).index(c.tier) for c in choices)
+    return worst, sum(math.inf if c.cost is None else c.cost for c in choices)
+
+
+def _free_choice(problem: Problem) -> Choice:
+    choice = next(tuned_choices(problem), None) or default_choice(problem)
+    if choice is not None:
+        return choice
+    some = families(problem.device.kind, problem.operation)
+    why = "no kernel fits this problem" if some else f"no kernels for {problem.device.kind}"
+    return _choice(problem, None, {}, Tier.REFERENCE, why)
+
+
+# --- demands --------------------------------------------------------------------------------------
+
+
+def _tiled_families(problem: Problem, demand: Demand) -> list[tuple[Family, Parameters]]:
+    """Families that know tiles and blocks, with the parameters that ``demand`` fixes."""
+    some = families(problem.device.kind, problem.operation)
+    fixed = ((f, f.demanded(problem, demand)) for f in some)
+    return [(f, p) for f, p in fixed if p is not None]
+
+
+def _demanded_choice(problem: Problem, demand: Demand) -> Choice | None:
+    """The choice that honours ``demand``; None where there is nothing to honour.
+
+    The fast mode is a wish: it is dropped where it does not fit.
+    """
+    if problem.device.kind != "cuda":
+        return None
+    tiled: list[tuple[Family, Parameters]] = []
+    for wish in dict.fromkeys((demand, replace(demand, fast_mode=False))):
+        tiled = [(f, fixed) for f, fixed in _tiled_families(problem, wish) if fixed]
+        options = [c for f, fixed in tiled if (c := _complete(problem, f, fixed))]
+        if options:
+            return min(options, key=lambda c: math.inf if c.cost is None else c.cost)
+    if demand.is_free or (not tiled and _tiled_elsewhere(problem, demand)):
+        return None
+    if not tiled:
+        raise ValueError(
+            f"{_words(demand)} cannot be honoured: no kernel for {problem.operation} on "
+            f"{problem.device.name} has tiles or blocks; leave the argument out"
+        )
+    raise ValueError(_refusal(problem, replace(demand, fast_mode=False), tiled))
+
+
+def _tiled_elsewhere(problem: Problem, demand: Demand) -> bool:
+    """Whether another kernel of the backward pass takes the demand, which is for the pass as a whole."""
+    if problem.operation not in _BACKWARD:
+        return False
+    others = (Problem(o, problem.shape, problem.device) for o in _BACKWARD)
+    return any(_tiled_families(p, demand) for p in others)
+
+
+def _complete(problem: Problem, f: Family, fixed: Parameters) -> Choice | None:
+    """``fixed`` with the family's other parameters as near as possible to tuned or default values."""
+    for choice in tuned_choices(problem):
+        if choice.family == f.name and _agrees(choice.parameters, fixed):
+            return _choice(
+                problem, f.name, choice.parameters, Tier.DEMANDED, choice.source,
+                tuned_for=choice.tuned_for, cost=choice.cost,
+            )  # fmt: skip
+    wanted = next((c.parameters for c in tuned_choices(problem) if c.family == f.name), None)
+    wanted = wanted or f.default(problem) or {}
+    fitting = [p for p in _completions(problem, f, fixed) if not f.violations(problem, p)]
+    if not fitting:
+        return None
+    space = f.space(problem.operation)
+    best = min(fitting, key=lambda p: _steps(space, p, wanted))
+    return _choice(problem, f.name, best, Tier.DEMANDED, "what was left open as near to the default as fits")
+
+
+def _completions(problem: Problem, f: Family, fixed: Parameters) -> Iterator[dict[str, Constant]]:
+    """All points of the space that agree with ``fixed``; none when it asks for other values."""
+    space = f.space(problem.operation)
+    if any(value not in space.get(name, ()) for name, value in fixed.items()):
+        return
+    for values in product(*([fixed[n]] if n in fixed else values for n, values in space.items())):
+        yield dict(zip(space, values, strict=True))
+
+
+def _agrees(parameters: Parameters, fixed: Parameters) -> bool:
+    return all(parameters.get(name) == value for name, value in fixed.items())
+
+
+def _steps(space: Mapping[str, tuple[Constant, ...]], a: Parameters, b: Parameters) -> int:
+    """How many steps along each parameter's list of values lie between two points."""
+    return sum(
+        abs(values.index(a[name]) - values.index(b[name])) for name, values in space.items() if name in b
+    )
+
+
+def _words(demand: Demand) -> str:
+    given = {"tile size": demand.tile_size, "block size": demand.block_size}
+    return " and ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+
+
+def _refusal(problem: Problem, demand: Demand, tiled: Iterable[tuple[Family, Parameters]]) -> str:
+    """Which limits a demand breaks, and what would fit instead."""
+    shape = problem.shape
+    reasons: dict[str, None] = {}
+    for f, fixed in tiled:
+        points = list(_completions(problem, f, fixed))
+        # the point that is wrong in the fewest ways says best what the demand itself breaks
+        least = min((f.violations(problem, p) for p in points), key=len, default=[])
+        reasons.update(dict.fromkeys(v.message for v in least))
+        if not points:
+            wanted = ", ".join(f"{k}={v}" for k, v in fixed.items())
+            space = f.space(problem.operation)
+            allowed = "; ".join(f"{k} in {', '.join(map(str, space[k]))}" for k in fixed if k in space)
+            reasons[f"{f.name} is not made for {wanted} ({allowed})"] = None
+    fitting = []
+    if grids := _largest_grids(problem, demand):
+        fitting.append(f"num_grids up to {grids} with it")
+    if demands := _fitting_demands(problem, demand):
+        fitting.append(f"{demands} with num_grids={shape.grids}")
+    fitting.append("the tuned choice, which you get by leaving the argument out")
+    return (
+        f"{_words(demand)} does not fit {problem.operation} with input_dim={shape.inputs}, "
+        f"output_dim={shape.outputs}, num_grids={shape.grids} on {problem.device.name}: "
+        f"{'; '.join(reasons)}. What fits: {'; '.join(fitting)}."
+    )
+
+
+def _fits(problem: Problem, demand: Demand) -> bool:
+    return any(
+        not f.violations(problem, parameters)
+        for f, fixed in _tiled_families(problem, demand)
+        for parameters in _completions(problem, f, fixed)
+    )
+
+
+def _largest_grids(problem: Problem, demand: Demand) -> int | None:
+    """The largest num_grids below the asked one that ``demand`` fits."""
+    s = problem.shape
+    for grids in range(s.grids - 1, 2, -1):
+        smaller = LayerShape(s.inputs, s.outputs, grids, s.batch)
+        if _fits(Problem(problem.operation, smaller, problem.device), demand):
+            return grids
+    return None
+
+
+def _fitting_demands(problem: Problem, demand: Demand) -> str:
+    """The seed's tile sizes (or blocks, when only a block was asked for) that would fit."""
+    if demand.tile_size is not None:
+        name = "tile size"
+        options = [(t, Demand(t, demand.block_size, demand.fast_mode)) for t in (4, 8, 16)]
+    else:
+        name = "block size"
+        options = [(b, Demand(None, b, demand.fast_mode)) for b in (128, 256, 512, 1024)]
+    fitting = [str(value) for value, option in options if _fits(problem, option)]
+    return f"{name} {', '.join(fitting)}" if fitting else ""
+
+
+# --- telling the user -----------------------------------------------------------------------------
+
+
+_announced: set[tuple[object, ...]] = set()
+
+
+def _announce(choice: Choice) -> None:
+    """Tell once per layer and tier; a batch that varies is no news."""
+    p = choice.problem
+    news = (p.operation, p.shape.inputs, p.shape.outputs, p.shape.grids, p.device, choice.tier)
+    if news in _announced:
+        return
+    _announced.add(news)
+    if choice.tier is Tier.REFERENCE:
+        warnings.warn(f"{choice.describe()}; it is correct but slow", stacklevel=4)
+    elif choice.tier in (Tier.EXACT, Tier.DEMANDED):
+        logger.debug("%s", choice.describe())
+    else:
+        logger.info("%s; to tune it: %s", choice.describe(), tune_command(p))

@@ -1,0 +1,42 @@
+"""Kernels of every CUDA family, with parameters that no default has, against the float64 definition."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+import torch
+
+from lmkan_gen import device as devices
+from lmkan_gen import toolchain
+from lmkan_gen.families import Family, families
+from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.tuner.verify import make_case
+
+#: partial tiles in both directions and several slabs; whole tiles and odd tails; few samples
+SHAPES = (LayerShape(22, 19, 9, 20011), LayerShape(64, 128, 12, 1000), LayerShape(130, 67, 5, 37))
+CANDIDATES = 12
+FAMILIES = [
+    pytest.param(operation, family, id=f"{operation}-{family.name}")
+    for operation in Operation
+    for family in families("cuda", operation)
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.parametrize(("operation", "family"), FAMILIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_random_parameters(operation: Operation, family: Family, shape: LayerShape) -> None:
+    from lmkan_gen.launch import cuda
+
+    device = torch.device("cuda", 0)
+    problem = Problem(operation, shape, devices.cuda(0))
+    feasible = [c for c in family.candidates(problem) if not family.violations(problem, c)]
+    chosen = Random(f"{operation} {shape}").sample(feasible, min(CANDIDATES, len(feasible)))
+    assert chosen
+    toolchain.build([family.spec(problem, c) for c in chosen])
+    case = make_case(operation, shape, device, 2.0, most=64)
+    for c in chosen:
+        run = cuda.prepare(family.spec(problem, c), family.plan(problem, c), device)
+        case.check(run, f"{family.name} {c}")

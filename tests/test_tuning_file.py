@@ -1,0 +1,216 @@
+"""Tuning files: what is written is read back, and what is wrong is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmkan_gen.families import families
+from lmkan_gen.problem import Operation
+from lmkan_gen.resources import resource_directory
+from lmkan_gen.tuning_file import TuningFile, TuningFileError, dump, load, merge, save
+
+PARAMETERS = {
+    name: values[0] for name, values in families("cpu", Operation.FORWARD)[0].space(Operation.FORWARD).items()
+}
+
+
+def content() -> dict[str, Any]:
+    """A valid file as YAML would give it."""
+    return {
+        "schema": 1,
+        "device": {"name": "A CPU", "arch": "x86-64-v3", "multiprocessors": 8, "shared_memory_per_block": 0},
+        "provenance": {
+            "lmkan_gen": "0.1.0",
+            "compiler": "gcc 12",
+            "driver": None,
+            "torch": "2.13.0",
+            "date": date(2026, 11, 24),
+        },
+        "entries": [
+            {
+                "operation": "forward",
+                "shape": {"inputs": 64, "outputs": 32, "grids": 10, "batch": batch},
+                "dtypes": {"table": "float32", "input": "float32"},
+                "family": "row_vector",
+                "parameters": dict(PARAMETERS),
+                "time_us": {"median": 10.5, "iqr": 1, "default": 12, "reference": None},
+                "search": {"tried": 4, "rejected": {"compile": 0, "wasted": 2}},
+            }
+            for batch in (1000, 31)
+        ],
+    }
+
+
+def write(tmp_path: Path, value: object) -> Path:
+    path = tmp_path / "some_cpu.yaml"
+    path.write_text(value if isinstance(value, str) else yaml.safe_dump(value, sort_keys=False))
+    return path
+
+
+def changed(**paths: object) -> dict[str, Any]:
+    """Valid content with one value replaced; ``a__0__b`` stands for ``["a"][0]["b"]``."""
+    result = copy.deepcopy(content())
+    for path, value in paths.items():
+        *parents, last = path.split("__")
+        place: Any = result
+        for key in parents:
+            place = place[int(key)] if key.isdecimal() else place[key]
+        place[int(last) if last.isdecimal() else last] = value
+    return result
+
+
+def test_round_trip_is_identical_and_ordered(tmp_path: Path) -> None:
+    file = load(write(tmp_path, content()))
+    path = tmp_path / "new" / "directory" / "file.yaml"
+    save(path, file)
+    again = load(path)
+    assert [e.shape.batch for e in again.entries] == [31, 1000]
+    assert {e.key: e for e in again.entries} == {e.key: e for e in file.entries}
+    assert (again.device, again.provenance) == (file.device, file.provenance)
+    assert dump(again) == path.read_text() == dump(file)
+    assert list(path.parent.iterdir()) == [path], "temporary files were left behind"
+
+
+def test_readable(tmp_path: Path) -> None:
+    text = dump(load(write(tmp_path, content())))
+    assert "shape: {inputs: 64, outputs: 32, grids: 10, batch: 31}" in text
+    assert text.startswith("schema: 1\ndevice: {name: A CPU,")
+
+
+@given(
+    median=st.floats(1e-3, 1e9),
+    iqr=st.floats(0, 1e6),
+    text=st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=20),
+)
+def test_any_number_and_name_survive(
+    tmp_path_factory: pytest.TempPathFactory, median: float, iqr: float, text: str
+) -> None:
+    value = changed(entries__0__time_us={"median": median, "iqr": iqr}, device__name=text)
+    file = TuningFile.model_validate({**value, "entries": tuple(value["entries"])})
+    path = tmp_path_factory.mktemp("survive") / "file.yaml"
+    save(path, file)
+    again = load(path)
+    assert again.device.name == text
+    assert again.entries[1].time_us.median == median
+    assert again.entries[1].time_us.iqr == iqr
+
+
+def test_what_cannot_be_written_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = load(write(tmp_path, content()))
+    path = tmp_path / "target.yaml"
+    path.write_text("before")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(path, file)
+    assert path.read_text() == "before"
+    assert {p.name for p in tmp_path.iterdir()} == {"target.yaml", "some_cpu.yaml"}
+
+
+WRONG: list[tuple[dict[str, object], list[str]]] = [
+    ({"schema": 2}, ["schema", "1", "(got 2)"]),
+    ({"device__name": 7}, ["device.name", "string", "(got 7)"]),
+    ({"device__colour": "red"}, ["device.colour", "unknown key", "'red'"]),
+    ({"device__multiprocessors": "8"}, ["device.multiprocessors", "integer", "'8'"]),
+    ({"provenance__date": "today"}, ["provenance.date", "date", "'today'"]),
+    ({"entries__1__operation": "sideways"}, ["entry 1", "operation", "'forward'", "'sideways'"]),
+    ({"entries__1__shape__inputs": 63}, ["entry 1 (forward 63,32,10,31)", "shape", "even", "63"]),
+    ({"entries__1__shape__grids": 2}, ["entry 1", "grids", "at least 3", "2"]),
+    ({"entries__0__shape__batch": 0}, ["entry 0", "shape.batch", "(got 0)"]),
+    ({"entries__0__shape__batch": True}, ["entry 0", "shape.batch", "integer", "True"]),
+    ({"entries__0__dtypes__table": "float64"}, ["entry 0", "dtypes.table", "'float32'", "'float64'"]),
+    ({"entries__0__family": "no_such"}, ["entry 0", "no_such", "row_vector"]),
+    ({"entries__0__family": 5}, ["entry 0", "family", "string", "(got 5)"]),
+    ({"entries__0__operation": "backward"}, ["entry 0", "row_vector", "does not compute", "backward"]),
+    ({"entries__0__parameters": {}}, ["entry 0", "missing", next(iter(PARAMETERS))]),
+    ({"entries__0__parameters__volume": 11}, ["entry 0", "unknown parameter", "volume", *PARAMETERS]),
+    ({f"entries__0__parameters__{next(iter(PARAMETERS))}": 12345}, ["entry 0", "12345", "must be one of"]),
+    ({f"entries__0__parameters__{next(iter(PARAMETERS))}": "16; }"}, ["entry 0", "'16; }'", "one of"]),
+    ({f"entries__0__parameters__{next(iter(PARAMETERS))}": 16.0}, ["entry 0", "parameters", "integer"]),
+    ({"entries__0__time_us__median": 0}, ["entry 0", "time_us.median", "greater than 0", "(got 0)"]),
+    ({"entries__0__time_us__median": float("nan")}, ["entry 0", "time_us.median", "finite", "nan"]),
+    ({"entries__0__time_us__iqr": "fast"}, ["entry 0", "time_us.iqr", "number", "'fast'"]),
+    ({"entries__0__search__tried": -1}, ["entry 0", "search.tried", "(got -1)"]),
+    ({"entries__0__search__rejected__compile": 0.5}, ["entry 0", "search.rejected.compile", "integer"]),
+    ({"entries__0__shape__batch": 31}, ["entries 0 and 1", "forward 64,32,10,31"]),
+    ({"device__arch": "sm_90"}, ["entry 0", "row_vector", "is for cpu", "cuda"]),
+    ({"entries": {}}, ["entries", "a valid list"]),
+    ({"entries__0": "forward"}, ["entry 0"]),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG, ids=lambda v: "".join(v) if isinstance(v, dict) else "")
+def test_wrong_content_is_refused_by_name(
+    tmp_path: Path, change: dict[str, object], words: list[str]
+) -> None:
+    path = write(tmp_path, changed(**change))
+    with pytest.raises(TuningFileError) as caught:
+        load(path)
+    message = str(caught.value)
+    for word in [str(path), *words]:
+        assert word in message
+
+
+@pytest.mark.parametrize("key", ["schema", "device", "provenance", "entries"])
+def test_missing_key(tmp_path: Path, key: str) -> None:
+    value = content()
+    del value[key]
+    with pytest.raises(TuningFileError, match=f"{key}: is missing"):
+        load(write(tmp_path, value))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("entries: [", "malformed YAML"),
+        ("", "must hold a mapping"),
+        ("- 1\n- 2\n", "must hold a mapping"),
+        ("schema: !!python/object/apply:os.system ['true']\n", "malformed YAML"),
+    ],
+)
+def test_not_a_tuning_file(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(TuningFileError, match=words):
+        load(write(tmp_path, text))
+
+
+def test_unreadable(tmp_path: Path) -> None:
+    with pytest.raises(TuningFileError, match="cannot be read"):
+        load(tmp_path / "missing.yaml")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TuningFileError, match="cannot be read"):
+        load(binary)
+
+
+def test_merge_replaces_equal_keys_only(tmp_path: Path) -> None:
+    old = load(write(tmp_path, content()))
+    value = changed(entries__0__time_us__median=1.0, provenance__torch="2.14.0")
+    value["entries"][1]["shape"]["batch"] = 77
+    new = load(write(tmp_path, value))
+    merged = merge(old, new)
+    assert {e.shape.batch: e.time_us.median for e in merged.entries} == {1000: 1.0, 31: 10.5, 77: 10.5}
+    assert merged.provenance.torch == "2.14.0"
+
+
+def test_merge_refuses_another_device(tmp_path: Path) -> None:
+    old = load(write(tmp_path, content()))
+    new = load(write(tmp_path, changed(device__name="Another CPU")))
+    with pytest.raises(TuningFileError, match=r"Another CPU.*A CPU"):
+        merge(old, new)
+
+
+def test_shipped_files_are_valid() -> None:
+    for path in sorted(resource_directory("tuning").glob("*")):
+        assert path.suffix == ".yaml"
+        assert load(path).entries, path
