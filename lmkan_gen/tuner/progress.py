@@ -1,0 +1,42 @@
+"""What a tuning run tells while it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lmkan_gen.problem import Problem
+from lmkan_gen.tuner.space import Candidate
+from lmkan_gen.tuner.worker import Rejected
+from lmkan_gen.tuning_file import Entry
+
+Phase = Literal["compiling", "measuring", "ranking"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: ``done`` of ``total`` candidates of problem ``index`` (from 0) of ``count``."""
+
+    problem: Problem
+    index: int
+    count: int
+    phase: Phase
+    done: int
+    total: int
+    best_us: float | None
+
+
+class Observer:
+    """Hears what a tuning run does; this one ignores it."""
+
+    def progress(self, progress: Progress) -> None:
+        """Something moved."""
+
+    def rejected(self, problem: Problem, candidate: Candidate, rejected: Rejected) -> None:
+        """A candidate failed; the run goes on."""
+
+    def skipped(self, problem: Problem, why: str) -> None:
+        """Nothing could be tuned for ``problem``."""
+
+    def finished(self, problem: Problem, entry: Entry) -> None:
+        """``problem`` is done and its entry saved."""

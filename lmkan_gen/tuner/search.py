@@ -1,0 +1,193 @@
+"""One problem from its space to its entry: compile in batches, measure, rank the best again."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from lmkan_gen import toolchain
+from lmkan_gen.families import family
+from lmkan_gen.toolchain import CompilerMissing, ToolchainError
+from lmkan_gen.tuner.measure import Timing
+from lmkan_gen.tuner.progress import Phase
+from lmkan_gen.tuner.space import Candidate, Space
+from lmkan_gen.tuner.study import Study
+from lmkan_gen.tuner.worker import FAILURES, Rejected, Worker
+from lmkan_gen.tuning_file import Dtypes, Entry, Search, ShapeRecord, Times
+
+_FINALISTS = 3
+_RANKING_ROUNDS = 3
+#: candidates compiled together; more would delay what the sampler learns from them
+_FEWEST_COMPILED, _MOST_COMPILED = 4, 16
+
+Report = Callable[[Phase, int, int, float | None], None]
+OnRejected = Callable[[Candidate, Rejected], None]
+
+
+class ProblemSearch:
+    """The search for one problem's fastest candidate.
+
+    Args:
+        space: what to search.
+        study: suggests candidates, remembers results.
+        worker: measures.
+        trials: candidates to try.
+        deadline: on the monotonic clock; the default is measured even after it. None: no limit.
+        report: hears phase, candidates done, candidates in all and the best median so far.
+        on_rejected: hears of candidates that failed.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        study: Study,
+        worker: Worker,
+        trials: int,
+        deadline: float | None,
+        report: Report,
+        on_rejected: OnRejected,
+    ) -> None:
+        self._problem = space.problem
+        self._space = space
+        self._study = study
+        self._worker = worker
+        self._total = min(trials, len(space.feasible))
+        self._deadline = deadline
+        self._report = report
+        self._on_rejected = on_rejected
+
+    def run(self) -> Entry | None:
+        """Search and rank.
+
+        Returns:
+            The winner's entry; None when no candidate ran.
+
+        Raises:
+            CompilerMissing: nothing can be compiled.
+            WorkerFailed: nothing can be measured.
+        """
+        while (done := len(self._study.results)) < self._total and not (done and self._late()):
+            batch = self._next_batch(self._total - done)
+            if not batch:
+                break
+            self._measure_batch(batch, self._compile(batch))
+        return self._rank()
+
+    def _late(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
+
+    def _tell(self, phase: Phase, done: int) -> None:
+        best = min((t.median for _, t in self._study.timings()), default=None)
+        self._report(phase, done, self._total, best)
+
+    def _next_batch(self, left: int) -> list[Candidate]:
+        size = min(left, max(_FEWEST_COMPILED, min(_MOST_COMPILED, os.cpu_count() or 1)))
+        batch: list[Candidate] = []
+        while len(batch) < size and (candidate := self._study.ask()) is not None:
+            batch.append(candidate)
+        return batch
+
+    def _compile(self, batch: Sequence[Candidate]) -> list[toolchain.Binary | ToolchainError]:
+        self._tell("compiling", len(self._study.results))
+        results = toolchain.build([c.spec(self._problem) for c in batch])
+        for result in results:
+            if isinstance(result, CompilerMissing):
+                raise result
+        return results
+
+    def _measure_batch(
+        self, batch: Sequence[Candidate], binaries: Sequence[toolchain.Binary | ToolchainError]
+    ) -> None:
+        for candidate, binary in zip(batch, binaries, strict=True):
+            if self._study.results and self._late():
+                return  # trials left open are closed when the study is resumed
+            result: Timing | Rejected
+            if isinstance(binary, ToolchainError):
+                result = Rejected("compile", str(binary))
+            elif spilling := _spilling(binary):
+                result = Rejected("spills", f"registers spill to memory in {', '.join(spilling)}")
+            else:
+                best = min((t.median for _, t in self._study.timings()), default=None)
+                result = self._measure(candidate, check=True, best_us=best)
+            if isinstance(result, Rejected):
+                self._on_rejected(candidate, result)
+            self._study.tell(candidate, result)
+            self._tell("measuring", len(self._study.results))
+
+    def _measure(self, candidate: Candidate, *, check: bool, best_us: float | None) -> Timing | Rejected:
+        try:
+            return self._worker.measure(
+                self._problem, family(candidate.family), candidate.parameters, check=check, best_us=best_us
+            )
+        except Rejected as rejected:
+            return rejected
+
+    def _rank(self) -> Entry | None:
+        """Measure the best few and the default again, in turns, and decide."""
+        ranked = sorted(self._study.timings(), key=lambda item: item[1].median)
+        finalists = [c for c, _ in ranked[:_FINALISTS]]
+        default = self._space.default
+        if default is not None and default not in finalists and default in dict(ranked):
+            finalists.append(default)
+        times: dict[Candidate, Timing] = {}
+        failed: set[Candidate] = set()
+        for _ in range(_RANKING_ROUNDS if len(finalists) > 1 else 1):
+            for candidate in finalists:
+                if candidate in failed:
+                    continue
+                self._tell("ranking", self._total)
+                result = self._measure(candidate, check=False, best_us=None)
+                if isinstance(result, Rejected):
+                    failed.add(candidate)
+                    self._on_rejected(candidate, result)
+                else:
+                    times[candidate] = times[candidate] + result if candidate in times else result
+        times = {c: t for c, t in times.items() if c not in failed}
+        if not times:
+            return None
+        return self._entry(winner(times, default), times)
+
+    def _entry(self, best: Candidate, times: dict[Candidate, Timing]) -> Entry:
+        default = self._space.default
+        reference = self._worker.time_reference(self._problem)
+        rejected = Counter(r.reason for r in self._study.results.values() if isinstance(r, Rejected))
+        return Entry(
+            operation=self._problem.operation,
+            shape=ShapeRecord.of(self._problem.shape),
+            dtypes=Dtypes(),
+            family=best.family,
+            parameters=best.parameters,
+            time_us=Times(
+                median=_rounded(times[best].median),
+                iqr=_rounded(times[best].iqr),
+                default=_rounded(times[default].median) if default in times else None,
+                reference=None if reference is None else _rounded(reference),
+            ),
+            search=Search(
+                tried=len(self._study.results),
+                rejected={**self._space.rejected, **{reason: rejected[reason] for reason in FAILURES}},
+            ),
+        )
+
+
+def winner(times: dict[Candidate, Timing], default: Candidate | None) -> Candidate:
+    """The fastest candidate, or the default when it is no slower than the noise of either."""
+    best = min(times, key=lambda c: times[c].median)
+    if default is None or default not in times:
+        return best
+    noise = max(times[best].iqr, times[default].iqr)
+    return default if times[default].median - times[best].median <= noise else best
+
+
+def _spilling(binary: toolchain.Binary) -> list[str]:
+    """CUDA kernels of ``binary`` that keep part of their registers in memory: never worth a measurement."""
+    if binary.path.suffix != ".cubin":
+        return []
+    return [r.kernel for r in toolchain.resources(binary) if r.spill_stores or r.spill_loads]
+
+
+def _rounded(us: float) -> float:
+    """Nanoseconds are noise, and make files hard to read."""
+    return round(us, 2)

@@ -1,0 +1,94 @@
+"""What can be tried for a problem: all families' candidates, less those that cannot run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+from lmkan_gen.codegen import render
+from lmkan_gen.families import Parameters, families, family
+from lmkan_gen.plan import Constant, KernelSpec
+from lmkan_gen.problem import Problem
+from lmkan_gen.selection import default_choice, tuned_choices
+
+_NEIGHBOURS = 3
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """A kernel family with values for its parameters."""
+
+    family: str
+    settings: tuple[tuple[str, Constant], ...]
+
+    @classmethod
+    def make(cls, name: str, parameters: Parameters) -> Candidate:
+        """A candidate with its settings in a canonical order."""
+        return cls(name, tuple(sorted(parameters.items())))
+
+    @property
+    def parameters(self) -> dict[str, Constant]:
+        """The settings as a mapping."""
+        return dict(self.settings)
+
+    def spec(self, problem: Problem) -> KernelSpec:
+        """The source to render for ``problem``."""
+        return family(self.family).spec(problem, self.parameters)
+
+    def __str__(self) -> str:
+        return f"{self.family}({', '.join(f'{k}={v}' for k, v in self.settings)})"
+
+
+@dataclass(frozen=True)
+class Space:
+    """The candidates of a problem.
+
+    Attributes:
+        feasible: those that can run, in a fixed order.
+        rejected: how many points of the families' spaces each limit excludes.
+        default: the analytic default; None when no family has one.
+        seeds: the default and the winners of similar problems: where a search should begin.
+    """
+
+    problem: Problem
+    feasible: tuple[Candidate, ...]
+    rejected: Mapping[str, int]
+    default: Candidate | None
+    seeds: tuple[Candidate, ...]
+
+    def fingerprint(self) -> str:
+        """Changes with the problem, the candidates and the families' templates."""
+        digest = hashlib.sha256(repr((self.problem, self.feasible)).encode())
+        for name in sorted({c.family for c in self.feasible}):
+            example = next(c for c in self.feasible if c.family == name)
+            digest.update(render(example.spec(self.problem)).encode())
+        return digest.hexdigest()
+
+
+def explore(problem: Problem) -> Space:
+    """Enumerate and prune. A point is counted once, under the first limit it breaks."""
+    feasible: list[Candidate] = []
+    rejected: Counter[str] = Counter()
+    for f in families(problem.device.kind, problem.operation):
+        for parameters in f.candidates(problem):
+            if violations := f.violations(problem, parameters):
+                rejected[violations[0].limit] += 1
+            elif f.wasted(problem, parameters):
+                rejected["wasted"] += 1
+            else:
+                feasible.append(Candidate.make(f.name, parameters))
+    first = default_choice(problem)
+    default = Candidate.make(first.family, first.parameters) if first and first.family else None
+    known = [default] if default else []
+    known += [
+        Candidate.make(c.family, c.parameters)
+        for c in islice(tuned_choices(problem), _NEIGHBOURS)
+        if c.family
+    ]
+    seeds = tuple(dict.fromkeys(known))
+    # what is known to work stays in, even where pruning by waste is too strict
+    everything = tuple(dict.fromkeys((*feasible, *seeds)))
+    return Space(problem, everything, dict(rejected), default, seeds)

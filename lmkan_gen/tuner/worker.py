@@ -1,0 +1,221 @@
+"""The measuring process: a candidate that crashes, hangs or lies costs itself, not the run.
+
+The parent sends problems and candidates through a pipe and waits with a time-out. A process that
+does not answer is killed and another one started when there is more to measure.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+
+import torch
+
+from lmkan_gen.families import Family
+from lmkan_gen.plan import Constant
+from lmkan_gen.problem import Problem
+from lmkan_gen.toolchain import ToolchainError
+from lmkan_gen.tuner.bench import Bench
+from lmkan_gen.tuner.measure import Timing
+from lmkan_gen.tuner.verify import Mismatch
+
+#: starting Python, torch and a device, and computing right answers, which is nobody's fault
+_SETUP_S = 600.0
+CANDIDATE_S = 60.0
+#: why a candidate may fail
+FAILURES = ("compile", "spills", "verify", "memory", "timeout", "crash", "error")
+
+
+class Rejected(Exception):
+    """A candidate failed: ``reason`` is one of `FAILURES`."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class WorkerFailed(RuntimeError):
+    """The measuring process cannot even be set up for a problem."""
+
+
+@dataclass(frozen=True)
+class _Setup:
+    problem: Problem
+
+
+@dataclass(frozen=True)
+class _Measure:
+    family: Family
+    parameters: dict[str, Constant]
+    check: bool
+    best_us: float | None
+
+
+@dataclass(frozen=True)
+class _Reference:
+    pass
+
+
+@dataclass(frozen=True)
+class _Failure:
+    reason: str
+    message: str
+    #: whether the device may be unusable for this process from now on
+    fatal: bool
+
+
+_Request = _Setup | _Measure | _Reference
+_Reply = Timing | float | None | _Failure
+
+
+class Worker:
+    """A measuring process for one device; use it as a context manager.
+
+    Args:
+        device: where candidates run.
+        candidate_s: seconds after which a candidate counts as hanging.
+    """
+
+    def __init__(self, device: torch.device, candidate_s: float = CANDIDATE_S) -> None:
+        self._device = device
+        self._candidate_s = candidate_s
+        self._process: BaseProcess | None = None
+        self._connection: Connection | None = None
+        self._problem: Problem | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def measure(
+        self,
+        problem: Problem,
+        family: Family,
+        parameters: dict[str, Constant],
+        *,
+        check: bool,
+        best_us: float | None = None,
+    ) -> Timing:
+        """Check (if asked to) and time a candidate.
+
+        Raises:
+            Rejected: it failed, for the reason in the exception.
+            WorkerFailed: the process cannot be set up for this problem.
+        """
+        self._set_up(problem)
+        reply = self._ask(_Measure(family, parameters, check, best_us), self._candidate_s)
+        if isinstance(reply, _Failure):
+            raise Rejected(reply.reason, reply.message)
+        assert isinstance(reply, Timing)
+        return reply
+
+    def time_reference(self, problem: Problem) -> float | None:
+        """Microseconds of the torch reference, or None when it takes too long or fails."""
+        self._set_up(problem)
+        reply = self._ask(_Reference(), self._candidate_s)
+        return reply if isinstance(reply, float) else None
+
+    def stop(self) -> None:
+        """End the process at once."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process.close()
+        if self._connection is not None:
+            self._connection.close()
+        self._process = self._connection = self._problem = None
+
+    def _set_up(self, problem: Problem) -> None:
+        if self._problem == problem:
+            return
+        if self._process is None:
+            self._start()
+        reply = self._ask(_Setup(problem), _SETUP_S)
+        if isinstance(reply, _Failure):
+            self.stop()
+            raise WorkerFailed(f"cannot measure {problem.operation} {problem.shape}: {reply.message}")
+        self._problem = problem
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, str(self._device)), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def _ask(self, request: _Request, seconds: float) -> _Reply:
+        assert self._connection is not None
+        assert self._process is not None
+        try:
+            self._connection.send(request)
+            if not self._connection.poll(seconds):
+                self.stop()
+                return _Failure("timeout", f"no answer within {seconds:g} s", fatal=True)
+            reply: _Reply = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join(5)
+            code = self._process.exitcode
+            self.stop()
+            return _Failure("crash", f"the measuring process died ({_exit(code)})", fatal=True)
+        if isinstance(reply, _Failure) and reply.fatal:
+            self.stop()
+        return reply
+
+
+def _exit(code: int | None) -> str:
+    if code is not None and code < 0:
+        return signal.Signals(-code).name
+    return f"exit code {code}"
+
+
+def _serve(connection: Connection, device_name: str) -> None:
+    """The process: answer requests until the parent goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    device = torch.device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    bench: Bench | None = None
+    while True:
+        try:
+            request: _Request = connection.recv()
+        except EOFError:
+            return
+        try:
+            if isinstance(request, _Setup):
+                bench = None  # free its memory first
+                if device.type == "cpu":
+                    torch.set_num_threads(request.problem.device.multiprocessors)
+                bench = Bench(request.problem, device)
+                connection.send(None)
+            else:
+                assert bench is not None
+                connection.send(_answer(bench, request))
+        except Exception as error:
+            connection.send(_failure(error, device))
+
+
+def _answer(bench: Bench, request: _Measure | _Reference) -> Timing | float | None:
+    if isinstance(request, _Reference):
+        return bench.time_reference()
+    if request.check:
+        bench.check(request.family, request.parameters)
+    return bench.time(request.family, request.parameters, request.best_us)
+
+
+def _failure(error: Exception, device: torch.device) -> _Failure:
+    if isinstance(error, Mismatch):
+        return _Failure("verify", str(error), fatal=False)
+    if isinstance(error, ToolchainError):
+        return _Failure("compile", str(error), fatal=False)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return _Failure("memory", str(error), fatal=True)
+    # on a GPU, an error of a kernel makes all that follows in its process fail
+    return _Failure("error", f"{type(error).__name__}: {error}", fatal=device.type == "cuda")

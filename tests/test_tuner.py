@@ -1,0 +1,484 @@
+"""The tuner: what is wrong never wins, what fails costs only itself, and nothing measured is lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmkan_gen import device as devices
+from lmkan_gen import families, reference, selection
+from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.selection import Tier, select
+from lmkan_gen.tuner import search
+from lmkan_gen.tuner.measure import Timing, measure
+from lmkan_gen.tuner.progress import Observer, Progress
+from lmkan_gen.tuner.run import TuningFailed, tune
+from lmkan_gen.tuner.space import Candidate, explore
+from lmkan_gen.tuner.study import Study
+from lmkan_gen.tuner.verify import TOLERANCE, Mismatch, make_case
+from lmkan_gen.tuner.worker import Rejected, Worker
+from lmkan_gen.tuning_file import Entry, TuningFile, load
+from tests.fault_family import Faulty
+
+CPU = torch.device("cpu")
+SHAPE = LayerShape(6, 5, 4, 40)
+PROBLEM = Problem(Operation.FORWARD, SHAPE, devices.cpu())
+
+
+@pytest.fixture(autouse=True)
+def _own_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    selection.clear_caches()
+    yield
+    selection.clear_caches()
+
+
+@pytest.fixture
+def journals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Studies of this test only; compiled kernels stay shared."""
+    directory = tmp_path / "cache"
+    monkeypatch.setattr("lmkan_gen.tuner.run.journal_directory", lambda: directory)
+    return directory
+
+
+def use(monkeypatch: pytest.MonkeyPatch, family: Faulty) -> Faulty:
+    monkeypatch.setattr(families, "_registry", lambda: {family.name: family})
+    return family
+
+
+def candidate(fault: str, variant: int = 0) -> Candidate:
+    return Candidate.make("faulty", {"fault": fault, "variant": variant})
+
+
+# --- verification ---------------------------------------------------------------------------------
+
+
+def kernel(operation: Operation, spoil: Callable[[Mapping[str, Tensor]], None]) -> Callable[..., None]:
+    """A correct float32 'kernel', after which ``spoil`` may damage what it wrote."""
+
+    def run(b: Mapping[str, Tensor]) -> None:
+        if operation is Operation.FORWARD:
+            reference.forward(b["x"], b["table"], b["borders"], b["y"])
+        if "grad_x" in b:
+            reference.grad_input(b["grad"], b["x"], b["table"], b["borders"], b["grad_x"])
+        if "grad_table" in b:
+            reference.grad_table(b["grad"], b["x"], b["borders"], b["grad_table"])
+        spoil(b)
+
+    return run
+
+
+OUTPUTS = {
+    Operation.FORWARD: ["y"],
+    Operation.GRAD_INPUT: ["grad_x"],
+    Operation.GRAD_TABLE: ["grad_table"],
+    Operation.BACKWARD: ["grad_x", "grad_table"],
+}
+
+
+@pytest.mark.parametrize("operation", list(Operation))
+@pytest.mark.parametrize(
+    ("shape", "spread"),
+    [(LayerShape(6, 5, 3, 33), 1.0), (LayerShape(20, 40, 9, 257), 10.0), (LayerShape(90, 300, 5, 700), 1.0)],
+)
+def test_right_kernels_pass_and_any_wrong_output_fails(
+    operation: Operation, shape: LayerShape, spread: float
+) -> None:
+    case = make_case(operation, shape, CPU, spread, most=16)
+    case.check(kernel(operation, lambda b: None), "right")
+    for name in OUTPUTS[operation]:
+        # ends, where tails are, are among the compared elements however few these are
+        for place in (0, -1):
+
+            def off(b: Mapping[str, Tensor], name: str = name, place: int = place) -> None:
+                flat = b[name].view(-1)
+                flat[place] += 20 * TOLERANCE * float(flat.abs().max())
+
+            with pytest.raises(Mismatch, match=rf"what: {name} differs"):
+                case.check(kernel(operation, off), "what")
+
+        def unwritten(b: Mapping[str, Tensor], name: str = name) -> None:
+            b[name].view(-1)[b[name].numel() // 2] = float("nan")
+
+        with pytest.raises(Mismatch, match=f"{name} has elements that were not written"):
+            case.check(kernel(operation, unwritten), "what")
+
+        for offset in (-1, 0):
+
+            def outside(b: Mapping[str, Tensor], name: str = name, offset: int = offset) -> None:
+                t = b[name]
+                start = t.storage_offset() - 1 if offset else t.storage_offset() + t.numel()
+                torch.as_strided(t, (1,), (1,), start).fill_(0.0)
+
+            with pytest.raises(Mismatch, match=f"wrote outside of {name}"):
+                case.check(kernel(operation, outside), "what")
+
+
+def test_state_left_from_run_to_run_is_found() -> None:
+    runs: list[None] = []
+
+    def second_is_wrong(b: Mapping[str, Tensor]) -> None:
+        runs.append(None)
+        if len(runs) == 2:
+            b["y"] *= 1.1
+
+    case = make_case(Operation.FORWARD, SHAPE, CPU, 1.0, 8)
+    with pytest.raises(Mismatch):
+        case.check(kernel(Operation.FORWARD, second_is_wrong), "what")
+
+
+# --- timing ---------------------------------------------------------------------------------------
+
+
+def test_median_and_spread() -> None:
+    timing = Timing((5.0, 1.0, 3.0, 2.0, 4.0))
+    assert (timing.median, timing.iqr) == (3.0, 2.0)
+    assert Timing((7.0,)).iqr == 0.0
+    assert (Timing((1.0,)) + Timing((3.0,))).samples == (1.0, 3.0)
+
+
+def test_time_is_per_call_and_calls_are_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    calls = [0, 0]
+
+    def call(i: int) -> Callable[[], None]:
+        def run() -> None:
+            clock[0] += 1e-3
+            calls[i] += 1
+
+        return run
+
+    monkeypatch.setattr("lmkan_gen.tuner.measure.time.perf_counter", lambda: clock[0])
+    timing = measure([call(0), call(1)], CPU)
+    assert timing.median == pytest.approx(1000.0)
+    assert len(timing.samples) >= 5
+    assert calls[0] == calls[1] > 0
+    hopeless = measure([call(0)], CPU, best_us=10.0)
+    assert hopeless.median == pytest.approx(1000.0)
+    assert len(hopeless.samples) < len(timing.samples)
+
+
+def test_default_is_kept_inside_noise() -> None:
+    default, other = candidate("none", 0), candidate("none", 1)
+    noisy = Timing((100.0, 110.0, 120.0, 130.0))
+    slightly_better = Timing((99.0, 109.0, 119.0, 129.0))
+    much_better = Timing((50.0, 55.0, 60.0, 65.0))
+    assert search.winner({default: noisy, other: slightly_better}, default) == default
+    assert search.winner({default: noisy, other: much_better}, default) == other
+    assert search.winner({other: noisy}, default) == other
+    assert search.winner({default: noisy, other: slightly_better}, None) == other
+
+
+# --- the space ------------------------------------------------------------------------------------
+
+
+def test_space_is_pruned_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Faulty(("none", "too_large", "wasted"), variants=4))
+    space = explore(PROBLEM)
+    assert space.rejected == {"shared_memory": 4, "wasted": 4}
+    assert set(space.feasible) == {candidate("none", v) for v in range(4)}
+    assert space.seeds == (space.default,) == (candidate("none", 0),)
+
+
+def test_winners_of_similar_problems_are_seeds(monkeypatch: pytest.MonkeyPatch, journals: Path) -> None:
+    use(monkeypatch, Faulty(("none",), variants=3))
+    monkeypatch.setattr(Faulty, "default", lambda self, problem: {"fault": "none", "variant": 2})
+    (entry,) = tune([SHAPE], CPU, [Operation.FORWARD], trials=1).entries
+    assert entry.parameters["variant"] == 2
+    monkeypatch.setattr(Faulty, "default", lambda self, problem: {"fault": "none", "variant": 1})
+    other = LayerShape(6, 5, 4, 80)
+    space = explore(Problem(Operation.FORWARD, other, devices.cpu()))
+    assert space.seeds == (candidate("none", 1), candidate("none", 2))
+
+
+def test_fingerprint_changes_with_what_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Faulty(("none",), variants=3))
+    first = explore(PROBLEM).fingerprint()
+    assert explore(PROBLEM).fingerprint() == first
+    monkeypatch.setattr("lmkan_gen.tuner.space.render", lambda spec: "another template")
+    assert explore(PROBLEM).fingerprint() != first
+    monkeypatch.undo()
+    use(monkeypatch, Faulty(("none",), variants=4))
+    assert explore(PROBLEM).fingerprint() != first
+
+
+# --- the study ------------------------------------------------------------------------------------
+
+
+def drain(study: Study, most: int) -> list[Candidate]:
+    """Ask up to ``most`` times; a candidate's time is its variant plus one, odd variants fail."""
+    asked: list[Candidate] = []
+    while len(asked) < most and (c := study.ask()) is not None:
+        variant = c.parameters["variant"]
+        assert isinstance(variant, int)
+        study.tell(c, Rejected("verify", "odd") if variant % 2 else Timing((1.0 + variant,)))
+        asked.append(c)
+    return asked
+
+
+def test_small_spaces_are_searched_completely(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, Faulty(("none",), variants=9))
+    space = explore(PROBLEM)
+    asked = drain(Study(space, 9, tmp_path, resume=False), 100)
+    assert asked[0] == space.default
+    assert sorted(asked) == sorted(space.feasible)
+
+
+def test_large_spaces_are_sampled_without_repeats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, Faulty(("none", "too_large"), variants=40))
+    space = explore(PROBLEM)
+    asked = drain(Study(space, 12, tmp_path, resume=False), 12)
+    assert len(set(asked)) == 12
+    assert asked[0] == space.default
+    assert set(asked) <= set(space.feasible)
+    # asked on, it does not stop before everything was seen
+    rest = drain(Study(space, 12, tmp_path, resume=True), 1000)
+    assert sorted([*asked, *rest]) == sorted(space.feasible)
+
+
+def test_resume_repeats_only_the_trial_in_flight(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, Faulty(("none",), variants=8))
+    space = explore(PROBLEM)
+    first = Study(space, 8, tmp_path, resume=False)
+    done = drain(first, 3)
+    in_flight = first.ask()
+    resumed = Study(space, 8, tmp_path, resume=True)
+    assert set(resumed.results) == set(done)
+    for c, before in first.results.items():
+        after = resumed.results[c]
+        if isinstance(before, Timing):
+            assert after == before
+        else:
+            assert isinstance(after, Rejected)
+            assert (after.reason, str(after)) == (before.reason, str(before))
+    rest = drain(resumed, 100)
+    assert in_flight in rest
+    assert sorted([*done, *rest]) == sorted(space.feasible)
+    assert Study(space, 8, tmp_path, resume=False).results == {}
+
+
+# --- the measuring process ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    with Worker(CPU, candidate_s=5.0) as worker:
+        yield worker
+    assert not multiprocessing.active_children()
+
+
+def measured(worker: Worker, fault: str) -> Timing:
+    family = Faulty((fault,))
+    parameters = {"fault": fault, "variant": 0}
+    return worker.measure(PROBLEM, family, parameters, check=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "words"),
+    [
+        ("unwritten", "verify", "not written"),
+        ("wrong", "verify", "y differs from the reference"),
+        ("crash", "crash", "SIGSEGV"),
+        ("exit", "crash", "exit code 3"),
+        ("raise", "error", "RuntimeError: made to fail"),
+        ("memory", "memory", "too much"),
+    ],
+)
+def test_a_failure_costs_one_candidate(worker: Worker, fault: str, reason: str, words: str) -> None:
+    with pytest.raises(Rejected, match=words) as caught:
+        measured(worker, fault)
+    assert caught.value.reason == reason
+    assert measured(worker, "none").median > 0
+
+
+def test_a_hang_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Worker(CPU, candidate_s=4.0) as worker:
+        with pytest.raises(Rejected, match="no answer within 4 s") as caught:
+            measured(worker, "hang")
+        assert caught.value.reason == "timeout"
+        assert not multiprocessing.active_children()
+        assert measured(worker, "none").median > 0
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+
+class Recorder(Observer):
+    def __init__(self) -> None:
+        self.rejections: dict[str, str] = {}
+        self.skips: list[str] = []
+        self.entries: list[Entry] = []
+        self.phases: set[str] = set()
+
+    def progress(self, progress: Progress) -> None:
+        assert 0 <= progress.done <= progress.total
+        self.phases.add(progress.phase)
+
+    def rejected(self, problem: Problem, candidate: Candidate, rejected: Rejected) -> None:
+        self.rejections[str(candidate.parameters["fault"])] = rejected.reason
+
+    def skipped(self, problem: Problem, why: str) -> None:
+        self.skips.append(why)
+
+    def finished(self, problem: Problem, entry: Entry) -> None:
+        self.entries.append(entry)
+
+
+def test_a_run_among_faults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, journals: Path) -> None:
+    faults = ("none", "slow", "compile", "unwritten", "wrong", "crash", "raise", "too_large")
+    use(monkeypatch, Faulty(faults))
+    seen = Recorder()
+    output = tmp_path / "out.yaml"
+    result = tune([SHAPE], CPU, [Operation.FORWARD, Operation.GRAD_TABLE], output=output, observer=seen)
+    (entry,) = result.entries
+    assert entry.parameters["fault"] in ("none", "slow")
+    assert entry.search.tried == 7
+    rejected = {k: n for k, n in entry.search.rejected.items() if n}
+    assert rejected == {"compile": 1, "verify": 2, "crash": 1, "error": 1, "shared_memory": 1}
+    assert seen.rejections == {
+        "compile": "compile", "unwritten": "verify", "wrong": "verify", "crash": "crash", "raise": "error",
+    }  # fmt: skip
+    assert seen.phases == {"compiling", "measuring", "ranking"}
+    assert seen.entries == [entry]
+    t = entry.time_us
+    assert t.median > 0
+    assert t.default is not None
+    assert t.reference is not None
+    assert load(output) == result
+
+
+def test_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, journals: Path) -> None:
+    use(monkeypatch, Faulty(("wrong", "raise")))
+    output = tmp_path / "out.yaml"
+    with pytest.raises(TuningFailed, match="made to fail"):
+        tune([SHAPE], CPU, output=output)
+    assert not output.exists()
+    use(monkeypatch, Faulty(("too_large",)))
+    seen = Recorder()
+    with pytest.raises(TuningFailed, match="shared_memory"):
+        tune([SHAPE], CPU, output=output, observer=seen)
+    assert len(seen.skips) == 1
+    with pytest.raises(TuningFailed, match="no cpu kernels to tune for backward"):
+        tune([SHAPE], CPU, [Operation.BACKWARD], output=output)
+
+
+def test_time_budget_still_measures_the_default(monkeypatch: pytest.MonkeyPatch, journals: Path) -> None:
+    use(monkeypatch, Faulty(("none",), variants=12))
+    (entry,) = tune([SHAPE], CPU, time_budget=0.0).entries
+    assert entry.search.tried == 1
+    assert entry.parameters == {"fault": "none", "variant": 0}
+
+
+def test_resumed_run_measures_no_candidate_again(monkeypatch: pytest.MonkeyPatch, journals: Path) -> None:
+    use(monkeypatch, Faulty(("none",), variants=3))
+    first = tune([SHAPE], CPU).entries[0]
+    checked: list[bool] = []
+    measure_it = Worker.measure
+
+    def counting(self: Worker, *args: object, check: bool, best_us: float | None) -> Timing:
+        checked.append(check)
+        return measure_it(self, *args, check=check, best_us=best_us)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Worker, "measure", counting)
+    again = tune([SHAPE], CPU, resume=True).entries[0]
+    assert again.search == first.search
+    assert checked
+    assert not any(checked), "only the final ranking measures again"
+
+
+def test_bad_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, journals: Path) -> None:
+    use(monkeypatch, Faulty(("none",)))
+    with pytest.raises(ValueError, match="trials must be at least 1, got 0"):
+        tune([SHAPE], CPU, trials=0)
+    with pytest.raises(ValueError, match="batch must be at least 1"):
+        tune([LayerShape(6, 5, 4, 0)], CPU)
+    foreign = tmp_path / "foreign.yaml"
+    result = tune([SHAPE], CPU, output=foreign)
+    text = foreign.read_text().replace(result.device.name, "Some Other CPU")
+    foreign.write_text(text)
+    with pytest.raises(TuningFailed, match="Some Other CPU"):
+        tune([SHAPE], CPU, output=foreign)
+    assert foreign.read_text() == text
+
+
+def test_real_kernels_end_to_end(journals: Path) -> None:
+    shapes = [LayerShape(16, 24, 5, 300), LayerShape(16, 24, 5, 70)]
+    result = tune(shapes, CPU, trials=3)
+    assert isinstance(result, TuningFile)
+    wanted = {(s, o) for s in shapes for o in Operation if families.families("cpu", o)}
+    assert {(e.shape.layer, e.operation) for e in result.entries} == wanted
+    # layers find it by themselves
+    for e in result.entries:
+        choice = select(Problem(e.operation, e.shape.layer, devices.cpu()))
+        assert (choice.tier, dict(choice.parameters)) == (Tier.EXACT, e.parameters)
+        assert choice.time_us == e.time_us.median
+    # a second run adds to the file and keeps the rest
+    more = tune([LayerShape(16, 24, 5, 9)], CPU, [Operation.FORWARD], trials=1)
+    (path,) = selection.user_tuning_directory().iterdir()
+    assert len(load(path).entries) == len(result.entries) + len(more.entries)
+
+
+@pytest.mark.gpu
+def test_gpu_end_to_end(journals: Path) -> None:
+    shapes = [LayerShape(32, 48, 8, 1000), LayerShape(32, 48, 8, 33)]
+    chip = devices.cuda(0)
+    result = tune(shapes, torch.device("cuda:0"), trials=4)
+    wanted = {(s, o) for s in shapes for o in Operation if families.families("cuda", o)}
+    assert {(e.shape.layer, e.operation) for e in result.entries} == wanted
+    for e in result.entries:
+        # nanoseconds would mean that nothing ran, seconds that the host was timed
+        assert 0.5 < e.time_us.median < 1e5
+        assert e.search.rejected["verify"] == e.search.rejected["error"] == 0
+        assert select(Problem(e.operation, e.shape.layer, chip)).tier is Tier.EXACT
+
+
+def test_killed_run_resumes(tmp_path: Path) -> None:
+    """SIGKILL in the middle of a search, then --resume."""
+    output = tmp_path / "out.yaml"
+    command = [
+        sys.executable, "-c", "from lmkan_gen.cli import main; main()", "tune",
+        "--device", "cpu", "--operation", "forward", "--shape", "32,32,6,2000",
+        "--trials", "40", "--output", str(output),
+    ]  # fmt: skip
+    environment = {**os.environ, "LMKAN_GEN_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    def finished_trials() -> int:
+        journals = list((tmp_path / "cache" / "tuner").glob("*.journal"))
+        return sum(j.read_text().count('"samples_us"') for j in journals)
+
+    deadline = time.monotonic() + 100
+    while finished_trials() < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    before = finished_trials()
+    assert before >= 2
+    subprocess.run([*command, "--resume"], env=environment, check=True, stdout=subprocess.DEVNULL)
+    (entry,) = load(output).entries
+    assert finished_trials() == entry.search.tried - sum(
+        entry.search.rejected[r] for r in ("compile", "verify", "timeout", "crash", "error", "memory")
+    )
+
+
+def test_import_is_light() -> None:
+    """A layer needs neither the tuner nor what it stands on; only the search needs Optuna."""
+    code = (
+        "import sys, lmkan_gen.selection;"
+        "assert not {'optuna', 'rich', 'typer'} & set(sys.modules);"
+        "import lmkan_gen.tuner.worker, lmkan_gen.tuner.space;"
+        "assert 'optuna' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
