@@ -1,0 +1,69 @@
+"""`lmkan-gen cache`: the store of compiled kernels."""
+
+from __future__ import annotations
+
+import typer
+
+cache_app = typer.Typer(
+    help="Look at, or empty, the store of compiled kernels.\n\n"
+    "The store is in the platform's cache directory, or where $LMKAN_GEN_CACHE points. Everything in it "
+    "is rebuilt when it is missing.\n\n"
+    "\b\nExamples:\n  lmkan-gen cache list\n  lmkan-gen cache clear",
+    no_args_is_help=True,
+)
+
+
+@cache_app.command("path")
+def path_command() -> None:
+    """Print the directory.
+
+    \b
+    Example:
+      du -sh "$(lmkan-gen cache path)"
+    """
+    from lmkan_gen.toolchain import store
+
+    typer.echo(store.root())
+
+
+@cache_app.command("list")
+def list_command() -> None:
+    """Print the compiled kernels, newest first.
+
+    \b
+    Example:
+      lmkan-gen cache list
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from lmkan_gen.toolchain import store
+
+    entries = store.entries()
+    if not entries:
+        typer.echo(f"no compiled kernels in {store.root()}")
+        return
+    table = Table(title=str(store.root()))
+    for heading in ("key", "target", "KiB", "created"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading == "KiB" else "left")
+    table.add_column("kernel, compiler", overflow="fold")
+    for e in entries:
+        constants = ", ".join(f"{name}={value}" for name, value in sorted(e.constants.items()))
+        created = e.created[:16].replace("T", " ")
+        kernel = Text(f"{e.template}: {constants}\n{e.compiler}")
+        table.add_row(e.key[:8], e.arch, f"{e.bytes / 1024:.0f}", created, kernel)
+    Console().print(table)
+
+
+@cache_app.command("clear")
+def clear_command() -> None:
+    """Remove all compiled kernels and the sources kept of failed compilations.
+
+    \b
+    Example:
+      lmkan-gen cache clear
+    """
+    from lmkan_gen.toolchain import store
+
+    typer.echo(f"removed {store.clear()} compiled kernels from {store.root()}")

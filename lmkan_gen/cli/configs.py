@@ -1,0 +1,128 @@
+"""`lmkan-gen configs`: the tuning files that selection reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lmkan_gen.tuning_file import TuningFile
+
+configs_app = typer.Typer(help="List, show and validate tuning files.", no_args_is_help=True)
+
+
+@configs_app.command("list")
+def list_command() -> None:
+    """List the tuning files in the order in which they are asked.
+
+    \b
+    Examples:
+      lmkan-gen configs list
+      LMKAN_GEN_TUNING=my_gpu.yaml lmkan-gen configs list
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from lmkan_gen.selection import TUNING_VARIABLE, sources, user_tuning_directory
+    from lmkan_gen.tuning_file import TuningFileError, load
+
+    table = Table()
+    for heading in ("found in", "device", "arch", "entries", "file"):
+        table.add_column(heading, overflow="fold")
+    found = sources()
+    for source in found:
+        try:
+            file = load(source.path)
+        except TuningFileError:
+            row = ("not valid", "-", "-")
+        else:
+            row = (file.device.name, file.device.arch, str(len(file.entries)))
+        table.add_row(source.origin, *row, str(source.path))
+    if found:
+        Console().print(table)
+    else:
+        typer.echo(
+            f"no tuning files: ${TUNING_VARIABLE} names none, and there are none in "
+            f"{user_tuning_directory()} or in the package"
+        )
+
+
+@configs_app.command("show", no_args_is_help=True)
+def show_command(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME|FILE", help="A file, or a listed one's name: nvidia_h200."),
+    ],
+) -> None:
+    """Show what a tuning file holds, and what was measured with.
+
+    \b
+    Examples:
+      lmkan-gen configs show nvidia_h200
+      lmkan-gen configs show ./my_gpu.yaml
+    """
+    from rich.console import Console
+
+    from lmkan_gen.tuner.report import summary
+    from lmkan_gen.tuning_file import load
+
+    path = _find(name)
+    file = load(path)
+    console = Console()
+    console.print(f"{path}\n{_provenance(file)}", highlight=False, soft_wrap=True)
+    console.print(summary(file.entries, f"{file.device.name} ({file.device.arch})"))
+
+
+@configs_app.command("validate")
+def validate_command(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME|FILE]...", help="By default all files that `list` shows."),
+    ] = None,
+) -> None:
+    """Check tuning files down to single parameter values; exit code 1 when one is not valid.
+
+    \b
+    Examples:
+      lmkan-gen configs validate
+      lmkan-gen configs validate ./my_gpu.yaml
+    """
+    from lmkan_gen.selection import sources
+    from lmkan_gen.tuning_file import TuningFileError, load
+
+    paths = [_find(f) for f in files] if files else [s.path for s in sources()]
+    invalid = 0
+    for path in paths:
+        try:
+            file = load(path)
+        except TuningFileError as error:
+            invalid += 1
+            typer.echo(str(error), err=True)
+        else:
+            typer.echo(f"{path}: valid, {len(file.entries)} entries for {file.device.name}")
+    if invalid:
+        typer.echo(f"{invalid} of {len(paths)} files are not valid", err=True)
+        raise typer.Exit(1)
+    if not paths:
+        typer.echo("no tuning files to check")
+
+
+def _find(name: str) -> Path:
+    from lmkan_gen.selection import sources
+
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = {s.path.stem: s.path for s in reversed(sources())}
+    if name not in known:
+        listed = ", ".join(known) or "none"
+        raise typer.BadParameter(f"{name!r} is neither a file nor one of those known: {listed}")
+    return known[name]
+
+
+def _provenance(file: TuningFile) -> str:
+    p = file.provenance
+    driver = f", driver {p.driver}" if p.driver else ""
+    return f"measured {p.date} with lmkan-gen {p.lmkan_gen}, {p.compiler}{driver}, torch {p.torch}"

@@ -1,0 +1,329 @@
+"""The command line: what it prints, exit codes, and that it needs no GPU or compiler to say it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from lmkan_gen import cli, selection, toolchain
+from lmkan_gen.codegen import render
+from lmkan_gen.device import CUDA_ARCHITECTURES, target
+from lmkan_gen.families import Demand, family
+from lmkan_gen.limits import UNLIMITED, limits
+from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.toolchain import host, nvcc, store
+
+SHAPE = "64,48,8,1000"
+VERBS = [
+    ["tune"],
+    ["inspect"],
+    ["limits"],
+    ["doctor"],
+    ["configs", "list"],
+    ["configs", "show"],
+    ["configs", "validate"],
+    ["cache", "path"],
+    ["cache", "list"],
+    ["cache", "clear"],
+]
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs ``lmkan-gen`` with the given arguments."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["lmkan-gen", *arguments])
+        code: str | int | None = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        assert isinstance(code, int | None)
+        return Outcome(code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def no_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whoever asks for a compiler fails the test, or is told that there is none."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def problem(operation: Operation, name: str) -> Problem:
+    return Problem(operation, LayerShape(64, 48, 8, 1000), target(name))
+
+
+# --- help, usage, errors --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", [[], *VERBS], ids=" ".join)
+def test_help_has_a_purpose_and_examples(run: Run, verb: list[str]) -> None:
+    outcome = run(*verb, "--help")
+    assert outcome.code == 0
+    assert "Example" in outcome.out
+    assert " ".join(["lmkan-gen", *verb]) in outcome.out
+    assert outcome.err == ""
+
+
+def test_help_and_import_stay_light(tmp_path: Path) -> None:
+    script = (
+        "import sys, lmkan_gen\n"
+        "def loaded(): return {m.split('.')[0] for m in sys.modules}\n"
+        "assert not loaded() & {'optuna', 'typer', 'rich', 'ninja'}, loaded()\n"
+        "from lmkan_gen.cli import main\n"
+        "sys.argv = ['lmkan-gen', 'tune', '--help']\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not loaded() & {'optuna', 'ninja'}, loaded()\n"
+        "import torch; assert not torch.cuda.is_initialized()\n"
+    )
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["inspect"], "--target"),
+        (["inspect", "--target", "sm_90"], "--shape"),
+        (["inspect", "--target", "sm_75", "--shape", SHAPE], "sm_75"),
+        (["inspect", "--target", "sm_90", "--shape", "64,48,8"], "64,48,8"),
+        (["inspect", "--target", "sm_90", "--shape", "63,48,8,1000"], "inputs must be even"),
+        (["inspect", "--target", "sm_90", "--shape", "64,48,2,1000"], "grids must be at least 3"),
+        (["inspect", "--target", "sm_90", "--shape", "64,x,8,1000"], "64,x,8,1000"),
+        (["inspect", "--target", "sm_90", "--shape", SHAPE, "--operation", "sideways"], "sideways"),
+        (["inspect", "--target", "cpu", "--shape", SHAPE, "--what", "ptx"], "ptx"),
+        (["limits"], "--target"),
+        (["limits", "--target", "sm_86", "--device", "cuda"], "--device"),
+        (["limits", "--target", "cpu"], "no limit"),
+        (["limits", "--device", "tpu"], "tpu"),
+        (["limits", "--device", "cuda:"], "cuda:"),
+        (["fly"], "fly"),
+        (["cache", "fly"], "fly"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_named_and_exits_with_2(run: Run, arguments: list[str], named: str) -> None:
+    outcome = run(*arguments)
+    assert outcome.code == 2
+    assert named in outcome.out + outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_failures_are_one_line_and_exit_with_1(run: Run) -> None:
+    device = f"cuda:{torch.cuda.device_count()}"
+    outcome = run("limits", "--device", device)
+    assert outcome.code == 1
+    assert outcome.out == ""
+    (line,) = outcome.err.splitlines()
+    assert device in line
+
+
+# --- inspect --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_compilers")
+@pytest.mark.parametrize("name", ["cpu", *CUDA_ARCHITECTURES])
+@pytest.mark.parametrize("operation", list(Operation))
+def test_inspect_source_shows_every_kernel_of_the_choice(run: Run, name: str, operation: Operation) -> None:
+    p = problem(operation, name)
+    backward = operation is Operation.BACKWARD
+    choices = selection.select_backward(p) if backward else (selection.select(p),)
+    outcome = run("inspect", "--target", name, "--shape", SHAPE, "--operation", operation)
+    assert outcome.code == 0, outcome.err
+    for choice in choices:
+        assert choice.family is not None
+        assert choice.describe() in outcome.out
+        assert render(family(choice.family).spec(choice.problem, choice.parameters)) in outcome.out
+    assert outcome.out.count('extern "C"') >= len(choices)
+
+
+@pytest.mark.usefixtures("no_compilers")
+def test_inspect_choice(run: Run) -> None:
+    arguments = ("--target", "sm_90", "--shape", SHAPE, "--operation", "backward", "--what", "choice")
+    outcome = run("inspect", *arguments)
+    expected = [c.describe() for c in selection.select_backward(problem(Operation.BACKWARD, "sm_90"))]
+    assert outcome == (0, "\n".join(expected) + "\n", "")
+
+
+def test_inspect_compiled_views(run: Run) -> None:
+    base = ("inspect", "--target", "sm_90", "--shape", SHAPE, "--what")
+    resources = run(*base, "resources")
+    assert resources.code == 0, resources.err
+    _, *kernels = resources.out.splitlines()
+    assert any(line.startswith("lmkan_forward: ") for line in kernels)
+    assert all("registers per thread, spills 0 bytes stored 0 loaded" in line for line in kernels)
+    ptx = run(*base, "ptx")
+    assert ".target sm_90" in ptx.out
+    assert ".entry lmkan_forward" in ptx.out
+    assert "lmkan_forward" in run(*base, "sass").out
+
+
+@pytest.mark.usefixtures("no_compilers")
+def test_inspect_without_nvcc_says_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvcc, "installed", lambda: ())
+    outcome = run("inspect", "--target", "sm_90", "--shape", SHAPE, "--what", "ptx")
+    assert outcome.code == 1
+    assert "lmkan-gen[nvcc]" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+#: the published figures for tile 8, by shared memory per block
+PUBLISHED = {
+    "sm_86": {"forward": 26, "normal": 18, "fast": 11},
+    "sm_90": {"forward": 40, "normal": 28, "fast": 17},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_limits_are_reproduced(run: Run, name: str) -> None:
+    published = PUBLISHED[name]
+    found = {
+        (limit.operation, limit.variant): limit.num_grids
+        for limit in limits(target(name))
+        if limit.family == "tile_stationary" and limit.tile == 8
+    }
+    assert found[Operation.FORWARD, "coordinates=inline"] == published["forward"]
+    assert found[Operation.BACKWARD, "mode=normal"] == published["normal"]
+    assert found[Operation.BACKWARD, "mode=fast"] == published["fast"]
+
+    outcome = run("limits", "--target", name)
+    assert outcome.code == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in outcome.out.splitlines()]
+    assert ["forward", "tile_stationary", "8", "coordinates=inline", str(published["forward"])] in rows
+    assert ["backward", "tile_stationary", "8", "mode=normal", str(published["normal"])] in rows
+    assert ["grad_table", "cell_sorted", "-", "-", "no limit"] in rows
+
+
+@pytest.mark.parametrize("name", CUDA_ARCHITECTURES)
+def test_a_layer_accepts_the_limit_and_refuses_one_more(name: str) -> None:
+    device = target(name)
+    for operation in (Operation.FORWARD, Operation.BACKWARD):
+        for tile in (4, 8, 16):
+            rows = [r for r in limits(device) if r.operation is operation and r.tile == tile]
+            largest = max(r.num_grids or 0 for r in rows)
+            demand = Demand(tile_size=tile)
+
+            def select(grids: int, operation: Operation = operation, demand: Demand = demand) -> None:
+                shape = LayerShape(512, 512, grids, 4096)
+                selection.select(Problem(operation, shape, device), demand)
+
+            assert 3 <= largest < UNLIMITED
+            select(largest)
+            with pytest.raises(ValueError, match=f"num_grids={largest + 1}|{tile}"):
+                select(largest + 1)
+
+
+@pytest.mark.gpu
+def test_limits_of_the_gpu_here(run: Run) -> None:
+    outcome = run("limits", "--device", "cuda")
+    assert outcome.code == 0
+    assert torch.cuda.get_device_name(0) in outcome.out
+    assert run("limits", "--device", "cuda:0").out == outcome.out
+
+
+# --- cache ----------------------------------------------------------------------------------------
+
+
+def test_cache(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(store.OVERRIDE, str(tmp_path / "store"))
+    assert run("cache", "path").out == f"{tmp_path / 'store'}\n"
+    assert "no compiled kernels" in run("cache", "list").out
+    choice = selection.select(problem(Operation.FORWARD, "cpu"))
+    assert choice.family is not None
+    binary = toolchain.binary(family(choice.family).spec(choice.problem, choice.parameters))
+    listed = run("cache", "list")
+    assert listed.code == 0
+    assert binary.key[:8] in listed.out
+    assert "operation=forward" in listed.out
+    assert run("cache", "clear").out.startswith("removed 1 ")
+    assert not binary.path.exists()
+    assert "no compiled kernels" in run("cache", "list").out
+
+
+# --- doctor ---------------------------------------------------------------------------------------
+
+
+def findings(run: Run) -> dict[str, dict[str, str]]:
+    outcome = run("doctor", "--json")
+    assert outcome.code == 0, outcome.err
+    return {f.pop("topic"): f for f in json.loads(outcome.out)}
+
+
+def test_doctor_runs_a_layer_and_says_why(run: Run) -> None:
+    found = findings(run)
+    assert found["torch"]["status"] == "ok"
+    assert torch.__version__ in found["torch"]["detail"]
+    assert found["C++ compiler"]["status"] == "ok"
+    assert found["nvcc"]["status"] == "ok"
+    layer = found["sample layer on cpu"]
+    assert layer["status"] == "ok"
+    assert all(f"{o} 128,128,8,1024" in layer["detail"] for o in ("forward", "grad_input", "grad_table"))
+    assert str(store.root()) in found["kernel cache"]["detail"]
+    printed = run("doctor")
+    assert printed.code == 0
+    assert all(topic in printed.out for topic in found)
+
+
+@pytest.mark.usefixtures("no_compilers")
+def test_doctor_on_a_bare_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmkan_gen import dispatch
+
+    dispatch.clear_caches()
+    toolchain._known.clear()
+    monkeypatch.setattr(nvcc, "installed", lambda: ())
+    found = findings(run)
+    dispatch.clear_caches()
+    assert found["C++ compiler"]["status"] == "missing"
+    assert host.ADVICE in found["C++ compiler"]["detail"]
+    assert found["nvcc"]["status"] == "missing"
+    layer = found["sample layer on cpu"]
+    assert layer["status"] == "problem"
+    assert "plain torch ran instead" in layer["detail"]
+
+
+def test_doctor_survives_whatever_is_broken(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("the disk is on fire")
+
+    tuning = tmp_path / "bad.yaml"
+    tuning.write_text("schema: 1\nsurprise: true\n")
+    monkeypatch.setenv(selection.TUNING_VARIABLE, str(tuning))
+    monkeypatch.setattr(store, "entries", broken)
+    monkeypatch.setattr(nvcc, "installed", broken)
+    found = findings(run)
+    assert found["kernel cache"] == {"status": "problem", "detail": "the disk is on fire"}
+    assert found["nvcc"]["status"] == "problem"
+    assert found["tuning file (environment)"]["status"] == "problem"
+    assert "surprise" in found["tuning file (environment)"]["detail"]
+    assert found["python"]["status"] == "ok"
+
+    monkeypatch.setattr(selection, "sources", broken)
+    assert findings(run)["tuning files"]["status"] == "problem"
