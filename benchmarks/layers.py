@@ -1,0 +1,249 @@
+"""Time lmKAN layers on this machine beside linear layers of their shapes.
+
+Kernels are those that layers get here. Times are per call, as deployed: zero-fills and pre-passes
+included, caches cold, and on GPUs without the host's share (CUDA graphs). On the GPU that the published
+implementation was measured on, its times stand beside ours.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from lmkan_gen import device as devices
+from lmkan_gen import dispatch
+from lmkan_gen.cli.options import parse_shape
+from lmkan_gen.families import Demand
+from lmkan_gen.problem import LayerShape, Operation
+from lmkan_gen.tuner.bench import rotated_buffers
+from lmkan_gen.tuner.measure import Timing, copies_past_cache, measure
+from lmkan_gen.tuner.report import duration
+
+#: milliseconds of forward and backward of the published implementation, at the best of its settings
+PUBLISHED = {
+    LayerShape(512, 512, 10, 262144): (21.17, 103.4),
+    LayerShape(512, 512, 18, 262144): (21.62, 156.7),
+    LayerShape(512, 512, 26, 262144): (25.53, 156.7),
+    LayerShape(512, 512, 40, 262144): (26.45, 280.1),
+    LayerShape(128, 128, 20, 262144): (1.530, 10.63),
+    LayerShape(256, 256, 10, 65536): (1.436, 6.62),
+    LayerShape(256, 256, 26, 65536): (1.701, 10.05),
+    LayerShape(12, 256, 28, 65536): (0.219, 0.961),
+    LayerShape(32, 32, 12, 65536): (0.056, 0.162),
+    LayerShape(512, 512, 18, 16384): (1.565, 11.32),
+    LayerShape(128, 128, 10, 16384): (0.127, 0.473),
+    LayerShape(128, 128, 26, 16384): (0.162, 0.769),
+    LayerShape(512, 512, 12, 4096): (0.439, 1.944),
+    LayerShape(1024, 1024, 12, 1024): (0.623, 2.733),
+    LayerShape(128, 128, 26, 1024): (0.054, 0.170),
+    LayerShape(64, 64, 8, 256): (0.022, 0.040),
+    LayerShape(4096, 4096, 4, 64): (1.066, 4.750),
+}
+PUBLISHED_ON = "NVIDIA H200"
+#: its shared memory, conflict-free, as measured; a float32 evaluation reads four values
+SHARED_BYTES_PER_US = 32.6e6
+EVALUATION_BYTES = 16
+
+OPERATIONS = {"forward": Operation.FORWARD, "backward": Operation.BACKWARD}
+LINEARS = {"linear_float32": torch.float32, "linear_tf32": torch.float32, "linear_bfloat16": torch.bfloat16}
+HEADINGS = {
+    "forward": "lmKAN\nforward",
+    "backward": "lmKAN\nbackward",
+    "linear_float32": "Linear\nfloat32",
+    "linear_tf32": "Linear\nTF32",
+    "linear_bfloat16": "Linear\nbfloat16",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer call: timings by the names in `OPERATIONS` and `LINEARS`, and what ran."""
+
+    shape: LayerShape
+    device: devices.Device
+    timings: Mapping[str, Timing]
+    used: tuple[dispatch.Used, ...]
+
+    def published_us(self, operation: str) -> float | None:
+        """What the published implementation takes; None where that was not measured."""
+        if self.device.name != PUBLISHED_ON or self.shape not in PUBLISHED:
+            return None
+        return 1e3 * PUBLISHED[self.shape][list(OPERATIONS).index(operation)]
+
+    def speedup(self, operation: str) -> float | None:
+        """Over the published implementation."""
+        published = self.published_us(operation)
+        return None if published is None else published / self.timings[operation].median
+
+    def of_ceiling(self) -> float | None:
+        """The part of shared memory's bandwidth that forward would need for reading four values at a time."""
+        if self.device.name != PUBLISHED_ON:
+            return None
+        floor = EVALUATION_BYTES * self.shape.evaluations / SHARED_BYTES_PER_US
+        return floor / self.timings["forward"].median
+
+    def record(self) -> dict[str, str | int | float | None]:
+        """All numbers, the same columns on every device."""
+        s = self.shape
+        values: dict[str, str | int | float | None] = {
+            "device": self.device.name,
+            "inputs": s.inputs,
+            "outputs": s.outputs,
+            "grids": s.grids,
+            "batch": s.batch,
+        }
+        for name in (*OPERATIONS, *LINEARS):
+            timing = self.timings.get(name)
+            values[f"{name}_us"] = timing.median if timing else None
+            values[f"{name}_iqr_us"] = timing.iqr if timing else None
+        for name in OPERATIONS:
+            used = [u for u in self.used if (u.operation is Operation.FORWARD) == (name == "forward")]
+            values[f"{name}_family"] = " + ".join(u.kernel or "reference" for u in used)
+            values[f"{name}_parameters"] = " + ".join(_settings(u) for u in used)
+            values[f"{name}_published_us"] = self.published_us(name)
+            values[f"{name}_speedup"] = self.speedup(name)
+        values["forward_of_ceiling"] = self.of_ceiling()
+        return values
+
+
+def _settings(used: dispatch.Used) -> str:
+    if used.kernel is None:
+        return "-"
+    return " ".join(f"{k}={v}" for k, v in sorted(used.choice.parameters.items()))
+
+
+def time_row(shape: LayerShape, device: torch.device) -> Row:
+    """Time everything for one shape."""
+    timings = {name: time_lmkan(operation, shape, device) for name, operation in OPERATIONS.items()}
+    for name in LINEARS:
+        if name != "linear_tf32" or device.type == "cuda":
+            timings[name] = time_linear(name, shape, device)
+    used = tuple(u for u in dispatch.used() if u.shape == shape)
+    return Row(shape, devices.of(device), timings, used)
+
+
+def time_lmkan(operation: Operation, shape: LayerShape, device: torch.device) -> Timing:
+    """One operation, by the kernel that a layer would get."""
+    execute = partial(dispatch.execute, operation, shape, device, Demand())
+    rotated = rotated_buffers(operation, shape, device)
+    return measure([partial(execute, buffers) for buffers in rotated], device)
+
+
+def time_linear(name: str, shape: LayerShape, device: torch.device) -> Timing:
+    """`nn.Linear`'s forward on batch-first inputs, which it is fastest on."""
+    torch.set_float32_matmul_precision("high" if name == "linear_tf32" else "highest")
+    dtype = LINEARS[name]
+    values = shape.batch * (shape.inputs + shape.outputs) + shape.inputs * shape.outputs
+    copies = copies_past_cache(values * dtype.itemsize, device)
+    return measure([_linear(shape, device, dtype) for _ in range(copies)], device)
+
+
+def _linear(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+    layer = nn.Linear(shape.inputs, shape.outputs, device=device, dtype=dtype)
+    x = torch.randn(shape.batch, shape.inputs, device=device, dtype=dtype)
+    y: list[Tensor] = []
+
+    def run() -> None:
+        # kept until the next call, so that the next set's output is other memory
+        y[:] = [layer(x)]
+
+    return run
+
+
+def print_times(rows: list[Row]) -> None:
+    """Medians and interquartile ranges; where there are any, published times as well."""
+    name = rows[0].device.name
+    table = _table(f"{name}: median time per call ±IQR", lines=True)
+    for heading in (*OPERATIONS, *LINEARS):
+        table.add_column(HEADINGS[heading], justify="right")
+    for row in rows:
+        timings = (row.timings[n] for n in (*OPERATIONS, *LINEARS))
+        table.add_row(str(row.shape), *(f"{duration(t.median)}\n±{duration(t.iqr)}" for t in timings))
+    Console().print(table)
+    if name != PUBLISHED_ON:
+        return
+    table = _table("published implementation, our speedup over it, and what bounds forward", lines=False)
+    for heading in ("forward", "speedup", "backward", "speedup", "forward of ceiling"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = []
+        for operation in OPERATIONS:
+            speedup = row.speedup(operation)
+            cells += [duration(row.published_us(operation)), "-" if speedup is None else f"{speedup:.2f}x"]
+        table.add_row(str(row.shape), *cells, f"{row.of_ceiling():.0%}")
+    Console().print(table)
+
+
+def print_ratios(rows: list[Row]) -> None:
+    """Times in units of a linear layer's forward, with both spreads: a CPU's own times tell little."""
+    table = _table(f"{rows[0].device.name}: median time per call, lmKAN / Linear's forward", lines=False)
+    linears = [name for name in LINEARS if name in rows[0].timings]
+    for operation in OPERATIONS:
+        for linear in linears:
+            table.add_column(f"{operation} /\n{HEADINGS[linear]}", justify="right")
+    for row in rows:
+        cells = [_ratio(row.timings[n], row.timings[linear]) for n in OPERATIONS for linear in linears]
+        table.add_row(str(row.shape), *cells)
+    Console().print(table)
+
+
+def _table(title: str, *, lines: bool) -> Table:
+    table = Table(title=title, show_lines=lines)
+    table.add_column("in,out,grids,batch", no_wrap=True)
+    return table
+
+
+def _ratio(a: Timing, b: Timing) -> str:
+    return f"{a.median / b.median:.2f} ±{a.iqr / a.median + b.iqr / b.median:.0%}"
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    """One line per row; empty where something was not measured."""
+    records = [row.record() for row in rows]
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def main(
+    device: Annotated[
+        Literal["cuda", "cpu"] | None, typer.Option(help="By default a GPU, where there is one.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="CSV file for all numbers and the kernels chosen.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="IN,OUT,GRIDS,BATCH", help="Layer calls to time; by default those published."),
+    ] = None,
+) -> None:
+    """Time lmKAN layers beside linear layers of their shapes."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch sees no CUDA device", param_hint="--device")
+    where = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+    # a CPU would take long for the others
+    small = [s for s in PUBLISHED if s.batch <= 16384 and max(s.inputs, s.outputs) <= 128]
+    default = small if kind == "cpu" else list(PUBLISHED)
+    shapes = [parse_shape(text) for text in shape] if shape else default
+    with torch.no_grad():
+        rows = [time_row(s, where) for s in track(shapes, "timing", console=Console(stderr=True))]
+    (print_times if kind == "cuda" else print_ratios)(rows)
+    if output is not None:
+        write_csv(rows, output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
