@@ -1,0 +1,165 @@
+"""CUDA kernels compile for every architecture, in all the variants that their templates have.
+
+No GPU is needed. Candidates come from the families themselves, so a new one is covered as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import pytest
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, nodes
+
+from lmkan_gen import golden, toolchain
+from lmkan_gen.device import CUDA_ARCHITECTURES, target
+from lmkan_gen.families import families
+from lmkan_gen.plan import KernelSpec
+from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.resources import resource_directory
+from lmkan_gen.tuning_file import load
+
+#: large, small batch, few inputs with a fine grid, and partial tiles everywhere
+SHAPES = (
+    LayerShape(512, 512, 18, 262144),
+    LayerShape(128, 128, 26, 1024),
+    LayerShape(12, 256, 28, 65536),
+    LayerShape(34, 33, 9, 65),
+)
+#: random candidates of each family, operation and shape to choose from, and how many are taken anyway
+POOL, TAKEN = 100, 1
+SHIPPED = [p for p in sorted(resource_directory("tuning").glob("*.yaml")) if "arch: sm_" in p.read_text()]
+
+#: an outcome of a condition in a template (file, line, number of the condition, outcome), or a
+#: parameter with its value
+Feature = tuple[str | int | bool, ...]
+
+
+class Recorder(Environment):
+    """Renders as `lmkan_gen.codegen` does, white space aside, and notes which way each condition went."""
+
+    def __init__(self) -> None:
+        loader = FileSystemLoader(resource_directory("templates"))
+        super().__init__(loader=loader, undefined=StrictUndefined)
+        self.globals["_note"] = self._note
+        self.conditions: set[tuple[str, int, int]] = set()
+        self._seen: set[Feature] = set()
+
+    def features(self, spec: KernelSpec) -> set[Feature]:
+        """The outcomes of all conditions that are met in rendering ``spec``."""
+        self._seen = set()
+        self.get_template(spec.template).render(spec.context)
+        return self._seen
+
+    def _note(self, file: str, line: int, number: int, outcome: object) -> object:
+        self._seen.add((file, line, number, bool(outcome)))
+        return outcome
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        assert name is not None
+        for number, node in enumerate(tree.find_all((nodes.If, nodes.CondExpr))):
+            assert isinstance(node, nodes.If | nodes.CondExpr)
+            place = (name, node.lineno, number)
+            self.conditions.add(place)
+            arguments = [*map(nodes.Const, place), node.test]
+            node.test = nodes.Call(nodes.Name("_note", "load"), arguments, [], None, None, lineno=node.lineno)
+        return tree
+
+
+RECORDER = Recorder()
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Kernels to compile for one architecture, and all that occurs in them."""
+
+    defaults: frozenset[KernelSpec]
+    others: frozenset[KernelSpec]
+    features: frozenset[Feature]
+
+
+@cache
+def select(arch: str) -> Selected:
+    """Every default, a few random candidates, and more of them as long as they have new features."""
+    defaults: set[KernelSpec] = set()
+    others: set[KernelSpec] = set()
+    features: set[Feature] = set()
+    for operation in Operation:
+        for family in families("cuda", operation):
+            random = Random(f"{arch} {operation} {family.name}")
+            for shape in SHAPES:
+                problem = Problem(operation, shape, target(arch))
+                if (parameters := family.default(problem)) is not None:
+                    defaults.add(family.spec(problem, parameters))
+                candidates = family.candidates(problem)
+                random.shuffle(candidates)
+                feasible = (c for c in candidates if not family.violations(problem, c))
+                for i, candidate in enumerate(islice(feasible, POOL)):
+                    spec = family.spec(problem, candidate)
+                    found = RECORDER.features(spec)
+                    found |= {
+                        (family.name, str(operation), n, v)
+                        for n, v in candidate.items()
+                        if isinstance(v, str)
+                    }
+                    if i < TAKEN or not found <= features:
+                        others.add(spec)
+                        features |= found
+    return Selected(frozenset(defaults), frozenset(others), frozenset(features))
+
+
+def build(specs: Collection[KernelSpec]) -> dict[KernelSpec, toolchain.Binary]:
+    """All of ``specs`` compiled; a compiler that is missing is an error like any other."""
+    results = dict(zip(specs, toolchain.build(list(specs)), strict=True))
+    binaries = {spec: result for spec, result in results.items() if isinstance(result, toolchain.Binary)}
+    errors = [str(result) for spec, result in results.items() if spec not in binaries]
+    assert not errors, f"{len(errors)} of {len(results)} kernels:\n" + "\n\n".join(errors)
+    return binaries
+
+
+def check_no_spills(binaries: Mapping[KernelSpec, toolchain.Binary]) -> None:
+    """No kernel keeps in memory what belongs into registers."""
+    spilling = [
+        f"{r.kernel} stores {r.spill_stores} and loads {r.spill_loads} bytes in {spec.template} "
+        f"for {spec.arch} with {', '.join(f'{k}={v}' for k, v in spec.constants)}"
+        for spec, binary in binaries.items()
+        for r in toolchain.resources(binary)
+        if r.spill_stores or r.spill_loads
+    ]
+    assert not spilling, "\n".join(spilling)
+
+
+def test_nothing_is_left_out() -> None:
+    """Each named value of a parameter, and each condition of a template both ways, on some architecture."""
+    seen = {feature for arch in CUDA_ARCHITECTURES for feature in select(arch).features}
+    named = {
+        (family.name, str(operation), name, value)
+        for operation in Operation
+        for family in families("cuda", operation)
+        for name, values in family.space(operation).items()
+        for value in values
+        if isinstance(value, str)
+    }
+    assert named - seen == set()
+    outcomes = {(*condition, outcome) for condition in RECORDER.conditions for outcome in (True, False)}
+    assert outcomes
+    assert outcomes - seen == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", CUDA_ARCHITECTURES)
+def test_every_variant_compiles_and_defaults_do_not_spill(arch: str) -> None:
+    selected = select(arch)
+    binaries = build(selected.defaults | selected.others)
+    check_no_spills({spec: binaries[spec] for spec in selected.defaults})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_choices_compile_and_do_not_spill(path: Path) -> None:
+    check_no_spills(build({spec for _, spec in golden.specs(load(path))}))
