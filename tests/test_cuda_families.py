@@ -11,6 +11,7 @@ from lmkan_gen import device as devices
 from lmkan_gen import toolchain
 from lmkan_gen.families import Family, families
 from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.selection import default_choice
 from lmkan_gen.tuner.verify import make_case
 
 #: partial tiles in both directions and several slabs; whole tiles and odd tails; few samples
@@ -21,6 +22,17 @@ FAMILIES = [
     for operation in Operation
     for family in families("cuda", operation)
 ]
+
+
+@pytest.mark.parametrize("arch", devices.CUDA_ARCHITECTURES)
+@pytest.mark.parametrize("outputs", [10, 128, 512])
+@pytest.mark.parametrize("grids", [8, 40, 100])
+def test_both_gradients_of_an_untuned_gpu_are_sorted(arch: str, outputs: int, grids: int) -> None:
+    """The other kernels for both are many times slower, or have no room for the grid."""
+    problem = Problem(Operation.BACKWARD, LayerShape(64, outputs, grids, 65536), devices.target(arch))
+    choice = default_choice(problem)
+    assert choice is not None
+    assert choice.family == "cell_sorted"
 
 
 @pytest.mark.gpu

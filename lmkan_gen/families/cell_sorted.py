@@ -116,18 +116,24 @@ class CellSorted(Family):
     def default(self, problem: Problem) -> Parameters | None:
         """Wide lanes, chunks whose gradients stay in cache, segments short enough to fill the device."""
         shape = problem.shape
-        vector = next((v for v in (8, 4, 2) if 16 * v < shape.outputs), 1)
         # finer grids need more samples in a chunk for runs of equal cells
         sizes = (16, 8, 4, 2, 1) if shape.knots > 1000 else (8, 4, 2, 1)
         warps_wanted = 16 * problem.device.multiprocessors
-        runs = shape.pairs * -(-shape.outputs // (_WARP * vector))
-        for items in sizes:
-            samples = min(shape.batch, items * _SORT_THREADS)
-            enough = [s for s in (512, 256, 128, 64) if runs * -(-samples // s) >= warps_wanted]
-            for segment in (*enough, 32):
-                parameters = {"items": items, "segment": segment, "vector": vector, "unroll": 2, "blocks": 2}
-                if not self.violations(problem, parameters):
-                    return parameters
+        for vector in (v for v in (8, 4, 2, 1) if v == 1 or 16 * v < shape.outputs):
+            runs = shape.pairs * -(-shape.outputs // (_WARP * vector))
+            for items in sizes:
+                samples = min(shape.batch, items * _SORT_THREADS)
+                enough = [s for s in (512, 256, 128, 64) if runs * -(-samples // s) >= warps_wanted]
+                for segment in (*enough, 32):
+                    parameters = {
+                        "items": items,
+                        "segment": segment,
+                        "vector": vector,
+                        "unroll": 2,
+                        "blocks": 2,
+                    }
+                    if not self.violations(problem, parameters):
+                        return parameters
         return None
 
     def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
