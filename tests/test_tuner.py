@@ -38,6 +38,8 @@ PROBLEM = Problem(Operation.FORWARD, SHAPE, devices.cpu())
 @pytest.fixture(autouse=True)
 def _own_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    # shipped files name families that these tests replace
+    monkeypatch.setattr("lmkan_gen.tuning_sources.resource_directory", lambda name: tmp_path / name)
     selection.clear_caches()
     yield
     selection.clear_caches()
@@ -265,6 +267,23 @@ def test_resume_repeats_only_the_trial_in_flight(monkeypatch: pytest.MonkeyPatch
     assert in_flight in rest
     assert sorted([*done, *rest]) == sorted(space.feasible)
     assert Study(space, 8, tmp_path, resume=False).results == {}
+
+
+def test_what_was_measured_before_a_kill_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, Faulty(("none",), variants=4))
+    space = explore(PROBLEM)
+    first = Study(space, 4, tmp_path, resume=False)
+    measured, rejected = first.ask(), first.ask()
+    assert measured is not None
+    assert rejected is not None
+    # killed after the result was written and before the trial was closed
+    monkeypatch.setattr(first._study, "tell", lambda *_, **__: None)
+    first.tell(measured, Timing((3.0, 4.0)))
+    first.tell(rejected, Rejected("verify", "odd"))
+    resumed = Study(space, 4, tmp_path, resume=True)
+    assert resumed.results[measured] == Timing((3.0, 4.0))
+    assert isinstance(resumed.results[rejected], Rejected)
+    assert not {measured, rejected} & set(drain(resumed, 100))
 
 
 # --- the measuring process ------------------------------------------------------------------------

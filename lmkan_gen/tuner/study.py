@@ -156,8 +156,13 @@ class Study:
     def _restore(self) -> None:
         for trial in self._study.get_trials(deepcopy=False):
             if trial.state is TrialState.RUNNING:  # in flight when it was killed
-                self._study.tell(trial.number, state=TrialState.FAIL)
-                continue
+                if _SAMPLES in trial.user_attrs:
+                    self._study.tell(trial.number, Timing(tuple(trial.user_attrs[_SAMPLES])).median)
+                elif _MESSAGE in trial.user_attrs:
+                    self._study.tell(trial.number, state=TrialState.PRUNED)
+                else:
+                    self._study.tell(trial.number, state=TrialState.FAIL)
+                    continue
             if trial.state is TrialState.WAITING:  # killed before that; only a begun trial can be closed
                 self._study.tell(self._study.ask(), state=TrialState.FAIL)
                 continue
@@ -167,7 +172,7 @@ class Study:
             candidate = Candidate.make(str(family), settings)
             if _SAMPLES in trial.user_attrs:
                 self.results[candidate] = Timing(tuple(trial.user_attrs[_SAMPLES]))
-            elif _REASON in trial.user_attrs:
+            elif _MESSAGE in trial.user_attrs:
                 self.results[candidate] = Rejected(trial.user_attrs[_REASON], trial.user_attrs[_MESSAGE])
 
 
