@@ -79,8 +79,11 @@ class ProblemSearch:
         return self._deadline is not None and time.monotonic() > self._deadline
 
     def _tell(self, phase: Phase, done: int) -> None:
-        best = min((t.median for _, t in self._study.timings()), default=None)
-        self._report(phase, done, self._total, best)
+        self._report(phase, done, self._total, self._best_us())
+
+    def _best_us(self) -> float | None:
+        best = self._study.best()
+        return None if best is None else best[1].median
 
     def _next_batch(self, left: int) -> list[Candidate]:
         size = min(left, max(_FEWEST_COMPILED, min(_MOST_COMPILED, os.cpu_count() or 1)))
@@ -109,8 +112,7 @@ class ProblemSearch:
             elif spilling := _spilling(binary):
                 result = Rejected("spills", f"registers spill to memory in {', '.join(spilling)}")
             else:
-                best = min((t.median for _, t in self._study.timings()), default=None)
-                result = self._measure(candidate, check=True, best_us=best)
+                result = self._measure(candidate, check=True, best_us=self._best_us())
             if isinstance(result, Rejected):
                 self._on_rejected(candidate, result)
             self._study.tell(candidate, result)

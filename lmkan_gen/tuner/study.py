@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import optuna
@@ -39,6 +39,7 @@ class Study:
     def __init__(self, space: Space, trials: int, directory: Path, resume: bool) -> None:
         self._space = space
         self._feasible = frozenset(space.feasible)
+        self._choices = _choices(space.feasible)
         self._pending: dict[Candidate, Trial] = {}
         #: how each candidate did
         self.results: dict[Candidate, Timing | Rejected] = {}
@@ -100,29 +101,23 @@ class Study:
         """The candidates that ran, with their times."""
         return ((c, r) for c, r in self.results.items() if isinstance(r, Timing))
 
+    def best(self) -> tuple[Candidate, Timing] | None:
+        """The fastest candidate so far, with its time; None before one ran."""
+        return min(self.timings(), key=lambda item: item[1].median, default=None)
+
     def _next_to_best(self) -> Candidate | None:
         """A new candidate one step of one parameter away from the fastest."""
-        best = min(self.timings(), key=lambda item: item[1].median, default=None)
-        if best is None:
+        if (best := self.best()) is None:
             return None
         family, parameters = best[0].family, best[0].parameters
         steps = []
-        for name, values in self._values(family).items():
+        for name, values in self._choices[family].items():
             at = values.index(parameters[name])
             for value in values[max(0, at - 1) : at] + values[at + 1 : at + 2]:
                 neighbour = Candidate.make(family, {**parameters, name: value})
                 if neighbour in self._feasible and self._is_new(neighbour):
                     steps.append(neighbour)
         return self._random.choice(steps) if steps else None
-
-    def _values(self, family: str) -> dict[str, list[Constant]]:
-        """Values that each parameter takes among the feasible candidates of ``family``, in order."""
-        values: dict[str, set[Constant]] = {}
-        for candidate in self._feasible:
-            if candidate.family == family:
-                for name, value in candidate.settings:
-                    values.setdefault(name, set()).add(value)
-        return {name: sorted(allowed, key=_order) for name, allowed in values.items()}
 
     def _is_new(self, candidate: Candidate) -> bool:
         return candidate not in self.results and candidate not in self._pending
@@ -137,9 +132,9 @@ class Study:
         return candidate
 
     def _suggested(self, trial: Trial) -> Candidate:
-        family = trial.suggest_categorical("family", sorted({c.family for c in self._feasible}))
+        family = trial.suggest_categorical("family", sorted(self._choices))
         parameters: dict[str, Constant] = {}
-        for name, values in self._values(family).items():
+        for name, values in self._choices[family].items():
             chosen = trial.suggest_categorical(f"{family}.{name}", values)
             assert isinstance(chosen, int | str)
             parameters[name] = chosen
@@ -174,6 +169,19 @@ class Study:
                 self.results[candidate] = Timing(tuple(trial.user_attrs[_SAMPLES]))
             elif _MESSAGE in trial.user_attrs:
                 self.results[candidate] = Rejected(trial.user_attrs[_REASON], trial.user_attrs[_MESSAGE])
+
+
+def _choices(candidates: Iterable[Candidate]) -> dict[str, dict[str, list[Constant]]]:
+    """Per family, the values that each parameter takes among ``candidates``, in order."""
+    values: dict[str, dict[str, set[Constant]]] = {}
+    for candidate in candidates:
+        of_family = values.setdefault(candidate.family, {})
+        for name, value in candidate.settings:
+            of_family.setdefault(name, set()).add(value)
+    return {
+        family: {name: sorted(allowed, key=_order) for name, allowed in of_family.items()}
+        for family, of_family in values.items()
+    }
 
 
 def _order(value: Constant) -> tuple[int, str]:
