@@ -189,6 +189,8 @@ class CellSorted(Family):
             steps.append(Launch("lmkan_pack_table", ("table", "packed", *sizes), grid, 256))
             if out_blocks > 1:
                 steps.append(Fill("grad_x"))
+        buckets = (shape.knots >> _shift(shape.knots)) + 1
+        samples_per_block = segment * (warps // out_warps)
         for first in range(0, shape.batch, slab):
             count = min(slab, shape.batch - first)
             chunks = -(-count // chunk)
@@ -200,7 +202,6 @@ class CellSorted(Family):
                     256,
                 )
             )
-            buckets = (shape.knots >> _shift(shape.knots)) + 1
             steps.append(
                 Launch(
                     "lmkan_sort_samples",
@@ -215,7 +216,6 @@ class CellSorted(Family):
                 arguments += ["packed", "borders", "grad_x", shape.batch, first]
             if with_table:
                 arguments += ["sums"]
-            samples_per_block = segment * (warps // out_warps)
             steps.append(
                 Launch(
                     f"lmkan_{operation}_walk",
@@ -254,7 +254,7 @@ def _padded(outputs: int, vector: int) -> int:
 
 def _shift(knots: int) -> int:
     """Knots per sorting bucket as a power of two: 0 up to a grid of about 90."""
-    return max(0, (knots // _MAX_BUCKETS).bit_length())
+    return (knots // _MAX_BUCKETS).bit_length()
 
 
 FAMILY = CellSorted()

@@ -97,7 +97,7 @@ class TileStationary(Family):
             )
         if threads // _WARP % groups:
             found.append(Violation("threads", f"{groups} groups do not divide {threads // _WARP} warps"))
-        ahead = _integer(parameters, "ahead") if "ahead" in parameters else 1
+        ahead = _integer(parameters, "ahead", absent=1)
         if ahead > pairs:
             found.append(Violation("wasted", f"ahead={ahead} is more than the tile's {pairs} pairs"))
         if parameters.get("slab", _WHOLE) != _WHOLE and _slab(problem, parameters) == shape.batch:
@@ -251,7 +251,7 @@ class TileStationary(Family):
     def _units_per_block(problem: Problem, parameters: Parameters, segments: int, grid: int) -> int:
         """Units of 32 samples that a block works through per tile; warps without one wait for the others."""
         units = -(-problem.shape.batch // _WARP)
-        lanes = max(1, _integer(parameters, "threads") // _WARP // _groups(parameters))
+        lanes = _lanes(parameters)
         return -(-segments * units // (grid * lanes)) * lanes
 
     @staticmethod
@@ -259,8 +259,9 @@ class TileStationary(Family):
         """What a lane keeps for the whole of its sample, with addresses and weights; checked by compiling."""
         pairs, lane_outs = _integer(parameters, "pairs"), _integer(parameters, "outs") // _groups(parameters)
         extend = parameters.get("update") == "extend"
-        ahead = 2 * (_integer(parameters, "ahead") - 1) if "ahead" in parameters else 0
-        base = ahead + (40 if _coordinates(parameters) == "prepass" else 54)
+        base = 2 * (_integer(parameters, "ahead", absent=1) - 1) + (
+            40 if _coordinates(parameters) == "prepass" else 54
+        )
         if problem.operation is Operation.FORWARD:
             return base + (1 + extend) * lane_outs
         # strides between rows, and limits where tiles are partial
@@ -286,7 +287,7 @@ class TileStationary(Family):
         slots = problem.device.multiprocessors * self._resident(problem, parameters)
         segments, summed = self._segments(problem, parameters)
         # as many blocks as have work for all their warps
-        lanes = max(1, _integer(parameters, "threads") // _WARP // _groups(parameters))
+        lanes = _lanes(parameters)
         full = segments * -(-problem.shape.batch // (_WARP * lanes))
         splits = 1
         if parameters.get("splits") == "auto" and full < slots:
@@ -320,7 +321,7 @@ class TileStationary(Family):
             "partial": int(shape.pairs % pairs != 0 or shape.outputs % outs != 0),
             "mode": str(parameters.get("mode", "none")),
             "update": str(parameters.get("update", "add")),
-            "ahead": parameters.get("ahead", 1),
+            "ahead": _integer(parameters, "ahead", absent=1),
         }
         return KernelSpec.make("tile_stationary.cu.j2", problem.device.arch, constants)
 
@@ -375,19 +376,21 @@ class TileStationary(Family):
         )
 
 
-def _integer(parameters: Parameters, name: str) -> int:
-    value = parameters[name]
+def _integer(parameters: Parameters, name: str, absent: int | None = None) -> int:
+    """The parameter's value; ``absent`` where the operation's space has no such parameter."""
+    value = parameters[name] if absent is None else parameters.get(name, absent)
     assert isinstance(value, int)
     return value
 
 
 def _slab(problem: Problem, parameters: Parameters) -> int:
     """Samples of one launch."""
-    return (
-        min(problem.shape.batch, _integer(parameters, "slab"))
-        if "slab" in parameters
-        else problem.shape.batch
-    )
+    return min(problem.shape.batch, _integer(parameters, "slab", absent=problem.shape.batch))
+
+
+def _lanes(parameters: Parameters) -> int:
+    """Units of 32 samples that a block works on at a time."""
+    return max(1, _integer(parameters, "threads") // _WARP // _groups(parameters))
 
 
 def _with_batch(problem: Problem, batch: int) -> Problem:
@@ -395,7 +398,7 @@ def _with_batch(problem: Problem, batch: int) -> Problem:
 
 
 def _groups(parameters: Parameters) -> int:
-    return _integer(parameters, "groups") if "groups" in parameters else 1
+    return _integer(parameters, "groups", absent=1)
 
 
 def _coordinates(parameters: Parameters) -> str:
