@@ -11,17 +11,18 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lmkan_gen import device as devices
-from lmkan_gen import reference
+from lmkan_gen import packing, reference
 from lmkan_gen.families import Demand, family
-from lmkan_gen.plan import KernelSpec
-from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.packing import PackedTable
+from lmkan_gen.plan import KernelSpec, LaunchPlan
+from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 
 if TYPE_CHECKING:
     from lmkan_gen.selection import Choice
@@ -56,6 +57,11 @@ class Used:
     fallback: str | None
 
     @property
+    def table(self) -> TableDtype:
+        """Element type of the tables that the call was about."""
+        return self.choice.problem.table
+
+    @property
     def kernel(self) -> str | None:
         """Name of the kernel family that ran; None: the torch reference."""
         return None if self.fallback else self.choice.family
@@ -66,16 +72,33 @@ class Used:
         return f"{words}; plain torch ran instead: {self.fallback}" if self.fallback else words
 
 
-_Key = tuple[Operation, LayerShape, torch.device, Demand, bool]
-_prepared: dict[_Key, tuple[tuple[Run, ...], tuple[Used, ...]]] = {}
+_Key = tuple[Operation, LayerShape, torch.device, Demand, TableDtype, bool, bool]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    runs: tuple[Run, ...]
+    records: tuple[Used, ...]
+    #: which of the table's forms the runs read
+    reads_table: bool
+    reads_words: bool
+
+
+_prepared: dict[_Key, _Prepared] = {}
 _failed: dict[KernelSpec, str] = {}
 _warned: set[str] = set()
 
 
 def execute(
-    operation: Operation, shape: LayerShape, device: torch.device, demand: Demand, buffers: Buffers
+    operation: Operation,
+    shape: LayerShape,
+    device: torch.device,
+    demand: Demand,
+    buffers: Buffers,
+    table: TableDtype = TableDtype.FLOAT32,
+    packed: PackedTable | None = None,
 ) -> None:
-    """Run one operation on float32 buffers.
+    """Run one operation on float32 buffers, reproducibly if torch is asked for deterministic algorithms.
 
     Args:
         operation: what to compute. ``BACKWARD`` computes both gradients, in whichever way is faster.
@@ -84,31 +107,40 @@ def execute(
         demand: tile and block sizes to be honoured.
         buffers: contiguous tensors by the names of `lmkan_gen.plan.LaunchPlan`: ``x``, ``table``,
             ``borders``, for gradients ``grad``, and the outputs, which need no initialisation.
+        table: element type of the tables to compute with.
+        packed: the packed table, in place of ``table`` among the buffers; of that type.
 
     Raises:
-        ValueError: the demand cannot be honoured, or the device is neither a CPU nor a CUDA device.
+        ValueError: the demand cannot be honoured, the device is neither a CPU nor a CUDA device, or the table
+            cannot be packed.
     """
     if shape.batch == 0:
         if "grad_table" in buffers:
             buffers["grad_table"].zero_()
         return
-    key = (operation, shape, device, demand, kernels_disabled())
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    key = (operation, shape, device, demand, table, deterministic, kernels_disabled())
     found = _prepared.get(key)
     if found is None:
         if len(_prepared) >= _CAPACITY:
             _prepared.pop(next(iter(_prepared)))
-        found = _prepared[key] = _prepare(operation, shape, device, demand)
-    for run in found[0]:
+        found = _prepared[key] = _prepare(operation, shape, device, demand, table, deterministic)
+    if found.reads_words:
+        packed = packed or packing.packed(buffers["table"], table)
+        buffers = {**buffers, **packed.buffers()}
+    if found.reads_table and packed is not None and "table" not in buffers:
+        buffers = {**buffers, "table": packing.unpack(packed)}
+    for run in found.runs:
         run(buffers)
 
 
-def execute_backward(shape: LayerShape, device: torch.device, demand: Demand, buffers: Buffers) -> None:
-    """Both gradients; see `execute`."""
-    execute(Operation.BACKWARD, shape, device, demand, buffers)
-
-
 def explain(
-    operation: Operation, shape: LayerShape, device: torch.device, demand: Demand | None = None
+    operation: Operation,
+    shape: LayerShape,
+    device: torch.device,
+    demand: Demand | None = None,
+    table: TableDtype = TableDtype.FLOAT32,
+    deterministic: bool = False,
 ) -> list[Choice]:
     """What `execute` would choose: one choice, or two where the gradients are computed apart.
 
@@ -120,7 +152,7 @@ def explain(
     """
     from lmkan_gen import selection
 
-    problem = Problem(operation, shape, devices.of(device))
+    problem = Problem(operation, shape, devices.of(device), table, deterministic)
     demand = demand or Demand()
     if kernels_disabled():
         tier = selection.Tier.REFERENCE
@@ -132,7 +164,7 @@ def explain(
 
 def used() -> list[Used]:
     """What has run in this process, each shape and device once, oldest first."""
-    return [record for _, records in _prepared.values() for record in records]
+    return [record for prepared in _prepared.values() for record in prepared.records]
 
 
 def clear_caches() -> None:
@@ -147,23 +179,36 @@ def kernels_disabled() -> bool:
 
 
 def _prepare(
-    operation: Operation, shape: LayerShape, device: torch.device, demand: Demand
-) -> tuple[tuple[Run, ...], tuple[Used, ...]]:
-    runs, records = [], []
-    for choice in explain(operation, shape, device, demand):
-        run, fallback = _prepare_choice(choice, shape, device)
+    operation: Operation,
+    shape: LayerShape,
+    device: torch.device,
+    demand: Demand,
+    table: TableDtype,
+    deterministic: bool,
+) -> _Prepared:
+    runs, records, plans = [], [], []
+    for choice in explain(operation, shape, device, demand, table, deterministic):
+        run, plan, fallback = _prepare_choice(choice, shape, device)
         runs.append(run)
+        plans.append(plan)
         records.append(Used(choice.problem.operation, shape, device, demand, choice, fallback))
-    return tuple(runs), tuple(records)
+    return _Prepared(
+        tuple(runs),
+        tuple(records),
+        reads_table=any(p is None or p.reads("table") for p in plans),
+        reads_words=any(p is not None and p.reads("words") for p in plans),
+    )
 
 
-def _prepare_choice(choice: Choice, shape: LayerShape, device: torch.device) -> tuple[Run, str | None]:
-    """The callable for ``choice``, and why it is the reference if that was not the choice."""
+def _prepare_choice(
+    choice: Choice, shape: LayerShape, device: torch.device
+) -> tuple[Run, LaunchPlan | None, str | None]:
+    """The callable for ``choice``, its plan, and why it is the reference, which has none, if it is."""
     operation = choice.problem.operation
     if choice.family is None:
-        return _REFERENCE[operation], None
+        return _REFERENCE[operation], None, None
     # selection may answer with the problem that it looked up; plans need the exact batch
-    problem = Problem(operation, shape, choice.problem.device)
+    problem = replace(choice.problem, shape=shape)
     chosen = family(choice.family)
     spec = chosen.spec(problem, choice.parameters)
     if spec not in _failed:
@@ -172,17 +217,17 @@ def _prepare_choice(choice: Choice, shape: LayerShape, device: torch.device) -> 
             if spec.is_cuda:
                 from lmkan_gen.launch import cuda
 
-                return cuda.prepare(spec, plan, device), None
+                return cuda.prepare(spec, plan, device), plan, None
             from lmkan_gen.launch import cpu
 
-            return cpu.prepare(spec, plan, device), None
+            return cpu.prepare(spec, plan, device), plan, None
         # RuntimeError: no compiler, source that does not compile, a driver that refuses the binary;
         # OSError: a store that cannot be written, a library that cannot be loaded;
         # ImportError: CUDA bindings that are not installed
         except (RuntimeError, OSError, ImportError) as error:
             _failed[spec] = str(error) or type(error).__name__
             _warn(device, error)
-    return _REFERENCE[operation], _failed[spec]
+    return _REFERENCE[operation], None, _failed[spec]
 
 
 def _warn(device: torch.device, error: Exception) -> None:

@@ -17,7 +17,7 @@ from lmkan_gen import codegen
 from lmkan_gen.device import Device, target
 from lmkan_gen.families import family
 from lmkan_gen.plan import KernelSpec
-from lmkan_gen.problem import Problem
+from lmkan_gen.problem import Problem, TableDtype
 from lmkan_gen.resources import resource_directory
 from lmkan_gen.tuning_file import DeviceRecord, TuningFile, load
 
@@ -28,7 +28,7 @@ def specs(file: TuningFile) -> Iterator[tuple[Problem, KernelSpec]]:
     """Each entry's problem, on the file's device, and the kernel that answers it."""
     device = _device(file.device)
     for entry in file.entries:
-        problem = Problem(entry.operation, entry.shape.layer, device)
+        problem = Problem(entry.operation, entry.shape.layer, device, entry.dtypes.table)
         yield problem, family(entry.family).spec(problem, entry.parameters)
 
 
@@ -57,7 +57,8 @@ def sources(tuning: Path) -> dict[Path, str]:
             text, shape = codegen.render(spec), problem.shape
             digest = hashlib.sha256(text.encode()).hexdigest()[:8]
             # no batch: it does not change the source
-            name = f"{problem.operation}_{shape.inputs}x{shape.outputs}_g{shape.grids}_{digest}"
+            table = "" if problem.table is TableDtype.FLOAT32 else f"_{problem.table}"
+            name = f"{problem.operation}{table}_{shape.inputs}x{shape.outputs}_g{shape.grids}_{digest}"
             found[Path(path.stem, name + (".cu" if spec.is_cuda else ".cpp"))] = text
     return found
 

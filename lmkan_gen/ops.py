@@ -1,6 +1,7 @@
 """The layer as torch operators: ``torch.ops.lmkan_gen.forward``, ``backward``, ``double_backward``.
 
-Float32 goes to the kernels, float64 to the torch reference (for checking gradients numerically).
+Float32 goes to the kernels, float64 to the torch reference (for checking gradients numerically), whatever
+``table_dtype`` says.
 All three have fake implementations, so that ``torch.compile`` and ``torch.export`` see through them.
 
 They are registered by hand instead of with ``torch.library.custom_op``: a third of the overhead per
@@ -18,18 +19,18 @@ from torch.autograd.function import FunctionCtx
 
 from lmkan_gen import dispatch, reference
 from lmkan_gen.families import Demand
-from lmkan_gen.problem import LayerShape, Operation
+from lmkan_gen.problem import LayerShape, Operation, TableDtype
 
 _DTYPES = (torch.float32, torch.float64)
 
 _LIBRARY = torch.library.Library("lmkan_gen", "DEF")
 _LIBRARY.define(
     "forward(Tensor x, Tensor table, Tensor borders, int tile_forward, int block_forward, "
-    "int tile_backward, int block_backward, bool fast) -> Tensor"
+    "int tile_backward, int block_backward, bool fast, str table_dtype) -> Tensor"
 )
 _LIBRARY.define(
     "backward(Tensor grad, Tensor x, Tensor table, Tensor borders, bool need_x, bool need_table, "
-    "int tile, int block, bool fast) -> (Tensor, Tensor)"
+    "int tile, int block, bool fast, str table_dtype) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "double_backward(Tensor? v_x, Tensor? v_table, Tensor grad, Tensor x, Tensor table, Tensor borders, "
@@ -49,6 +50,7 @@ def lmkan(
     tile_backward: int = 0,
     block_backward: int = 0,
     fast: bool = False,
+    table_dtype: str | None = None,
 ) -> Tensor:
     """What a layer computes, as a function: ``y[o, b] = sum_p f_{o,p}(x[2p, b], x[2p+1, b])``.
 
@@ -64,19 +66,32 @@ def lmkan(
         tile_backward: tile size of the backward CUDA kernel; 0: tuned.
         block_backward: its threads per block; 0: tuned.
         fast: prefer the backward kernel that trades shared memory for speed.
+        table_dtype: what float32 tables are rounded to for the computation: ``"float32"``, ``"float16"``,
+            ``"bfloat16"``, or ``"int8"``, which is for inference. None: float32, or under
+            ``torch.autocast`` for CUDA its dtype (and then ``x`` may be of any float dtype). Sums and
+            gradients stay float32.
 
     Returns:
-        ``[O, B]``, of the dtype of ``x``.
+        ``[O, B]``, of the dtype of ``x``; float32 under autocast.
 
     Raises:
         ValueError: shapes or devices do not belong together, the device is neither a CPU nor a CUDA
             device, or a tile or block size does not fit the device.
         TypeError: the dtypes differ or are neither float32 nor float64.
     """
+    if table_dtype is None:
+        table_dtype, x = _under_autocast(x)
     y: Tensor = _forward_op(
-        x, table, borders, tile_forward, block_forward, tile_backward, block_backward, fast
+        x, table, borders, tile_forward, block_forward, tile_backward, block_backward, fast, table_dtype
     )
     return y
+
+
+def _under_autocast(x: Tensor) -> tuple[str, Tensor]:
+    """The table's dtype and ``x`` as autocast wants them."""
+    if not (x.is_cuda and torch.is_autocast_enabled("cuda")):
+        return str(TableDtype.FLOAT32), x
+    return _name(torch.get_autocast_dtype("cuda")), x.float()
 
 
 def _check(x: Tensor, table: Tensor, borders: Tensor, grad: Tensor | None = None) -> None:
@@ -136,15 +151,17 @@ def _forward(
     tile_backward: int,
     block_backward: int,
     fast: bool,
+    table_dtype: str,
 ) -> Tensor:
     _check(x, table, borders)
+    narrow = TableDtype(table_dtype)
     shape, device = _shape(x, table), x.device
     x, table, borders = x.contiguous(), table.contiguous(), borders.contiguous()
     y = x.new_empty((shape.outputs, shape.batch))
     if x.dtype == torch.float32:
         demand = _demand(device.type, tile_forward, block_forward, False)
         buffers = {"x": x, "table": table, "borders": borders, "y": y}
-        dispatch.execute(Operation.FORWARD, shape, device, demand, buffers)
+        dispatch.execute(Operation.FORWARD, shape, device, demand, buffers, narrow)
     else:
         reference.forward(x, table, borders, y)
     return y
@@ -165,8 +182,10 @@ def _backward(
     tile: int,
     block: int,
     fast: bool,
+    table_dtype: str,
 ) -> tuple[Tensor, Tensor]:
     _check(x, table, borders, grad)
+    narrow = TableDtype(table_dtype)
     shape, device = _shape(x, table), x.device
     grad, x, table, borders = grad.contiguous(), x.contiguous(), table.contiguous(), borders.contiguous()
     buffers = {"grad": grad, "x": x, "table": table, "borders": borders}
@@ -179,11 +198,11 @@ def _backward(
     if x.dtype == torch.float32:
         demand = _demand(device.type, tile, block, fast)
         if need_x and need_table:
-            dispatch.execute_backward(shape, device, demand, buffers)
+            dispatch.execute(Operation.BACKWARD, shape, device, demand, buffers, narrow)
         elif need_x:
-            dispatch.execute(Operation.GRAD_INPUT, shape, device, demand, buffers)
+            dispatch.execute(Operation.GRAD_INPUT, shape, device, demand, buffers, narrow)
         elif need_table:
-            dispatch.execute(Operation.GRAD_TABLE, shape, device, demand, buffers)
+            dispatch.execute(Operation.GRAD_TABLE, shape, device, demand, buffers, narrow)
     else:
         if need_x:
             reference.grad_input(grad, x, table, borders, grad_x)
@@ -251,7 +270,7 @@ class _Forward(torch.autograd.Function):
         x, table, borders = ctx.saved_tensors
         need_x, need_table = ctx.needs_input_grad[:2]
         grad_x, grad_table = _backward_op(grad, x, table, borders, need_x, need_table, *ctx.options)
-        return (grad_x if need_x else None, grad_table if need_table else None, *(None,) * 6)
+        return (grad_x if need_x else None, grad_table if need_table else None, *(None,) * 7)
 
 
 class _Backward(torch.autograd.Function):
@@ -275,7 +294,7 @@ class _Backward(torch.autograd.Function):
         v_x, v_table = (v if needed else None for v, needed in zip((v_x, v_table), ctx.needed, strict=True))
         needs = ctx.needs_input_grad[:3]
         found = _double_backward_op(v_x, v_table, *ctx.saved_tensors, *needs)
-        return (*(t if needed else None for t, needed in zip(found, needs, strict=True)), *(None,) * 6)
+        return (*(t if needed else None for t, needed in zip(found, needs, strict=True)), *(None,) * 7)
 
 
 class _DoubleBackward(torch.autograd.Function):

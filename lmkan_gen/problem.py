@@ -23,6 +23,15 @@ class Operation(StrEnum):
     BACKWARD = "backward"
 
 
+class TableDtype(StrEnum):
+    """Element type of the tables that a kernel reads; inputs, sums and gradients are float32 throughout."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
+
 @dataclass(frozen=True, order=True)
 class LayerShape:
     """Sizes of one layer call: ``x`` is ``[inputs, batch]``, ``y`` is ``[outputs, batch]``.
@@ -78,8 +87,18 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Problem:
-    """An operation on a shape on a device: all that a kernel family needs to know to answer."""
+    """An operation on a shape on a device: all that a kernel family needs to know to answer.
+
+    Attributes:
+        operation: what to compute.
+        shape: sizes of the call.
+        device: where.
+        table: element type of the tables.
+        deterministic: whether the same call must give the same bits every time.
+    """
 
     operation: Operation
     shape: LayerShape
     device: Device
+    table: TableDtype = TableDtype.FLOAT32
+    deterministic: bool = False

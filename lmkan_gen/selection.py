@@ -13,10 +13,9 @@ from functools import lru_cache
 from itertools import product
 from types import MappingProxyType
 
-from lmkan_gen.device import Device
 from lmkan_gen.families import Demand, Family, Parameters, families, family
 from lmkan_gen.plan import Constant
-from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuning_sources import (
     TUNING_VARIABLE,
     Source,
@@ -92,7 +91,9 @@ class Choice:
         time = f", {self.time_us:.1f} us" if self.time_us is not None else ""
         tuned_for = f", tuned for {self.tuned_for}" if self.tier is Tier.NEAREST_SHAPE else ""
         tier = self.tier.replace("_", " ")
-        return f"{p.operation} {p.shape} on {p.device.name}: {what} [{tier}{tuned_for}, {self.source}{time}]"
+        table = "" if p.table is TableDtype.FLOAT32 else f" with {p.table} tables"
+        why = f"{tier}{tuned_for}, {self.source}{time}"
+        return f"{p.operation} {p.shape}{table} on {p.device.name}: {what} [{why}]"
 
 
 def select(problem: Problem, demand: Demand | None = None) -> Choice:
@@ -126,9 +127,8 @@ def select_backward(problem: Problem, demand: Demand | None = None) -> tuple[Cho
     Raises:
         ValueError: as in `select`.
     """
-    return _select_backward(
-        problem.shape, problem.device, demand or Demand(), os.environ.get(TUNING_VARIABLE)
-    )
+    problem = replace(problem, operation=Operation.BACKWARD)
+    return _select_backward(problem, demand or Demand(), os.environ.get(TUNING_VARIABLE))
 
 
 def clear_caches() -> None:
@@ -142,7 +142,7 @@ def clear_caches() -> None:
 def default_choice(problem: Problem) -> Choice | None:
     """The analytic default of the families, of the most preferred one where several fit."""
     best: tuple[float, Family, Parameters] | None = None
-    for f in families(problem.device.kind, problem.operation):
+    for f in families(problem.device.kind, problem.operation, problem.table):
         parameters = f.default(problem)
         if parameters is None or f.violations(problem, parameters):
             continue
@@ -178,7 +178,9 @@ def tuned_choices(problem: Problem) -> Iterator[Choice]:
 def tune_command(problem: Problem) -> str:
     """The shell command that would tune ``problem``."""
     operation = "backward" if problem.operation in _BACKWARD else problem.operation
-    return f"lmkan-gen tune --device {problem.device.kind} --shape {problem.shape} --operation {operation}"
+    table = "" if problem.table is TableDtype.FLOAT32 else f" --table {problem.table}"
+    what = f"--shape {problem.shape} --operation {operation}{table}"
+    return f"lmkan-gen tune --device {problem.device.kind} {what}"
 
 
 def _choice(
@@ -204,16 +206,14 @@ def _select(problem: Problem, demand: Demand, environment: str | None) -> Choice
 
 
 @lru_cache(maxsize=4096)
-def _select_backward(
-    shape: LayerShape, device: Device, demand: Demand, environment: str | None
-) -> tuple[Choice, ...]:
+def _select_backward(problem: Problem, demand: Demand, environment: str | None) -> tuple[Choice, ...]:
     if demand.is_free:
         demand = Demand()  # without a tile or a block to go with, the fast mode is what is chosen anyway
     # Where nothing was measured the order decides. One kernel for both gradients is faster than two,
     # but among those with tiles, which a demand asks for, two are.
     ways = ((Operation.BACKWARD,), _SPLIT) if demand.is_free else (_SPLIT, (Operation.BACKWARD,))
-    alternatives = [tuple(Problem(o, shape, device) for o in operations) for operations in ways]
-    if device.kind == "cuda" and not demand.is_free:
+    alternatives = [tuple(replace(problem, operation=o) for o in operations) for operations in ways]
+    if problem.device.kind == "cuda" and not demand.is_free:
         tiled = [a for a in alternatives if any(_tiled_families(p, demand) for p in a)]
         alternatives = tiled or alternatives
     chosen, refusals = [], []
@@ -234,10 +234,14 @@ def _select_backward(
 
 
 def _pick(problem: Problem, demand: Demand) -> Choice:
+    """The choice; where nothing reads narrow tables, one that reads float32."""
     s = problem.shape
     if s.batch == 0:
         problem = replace(problem, shape=LayerShape(s.inputs, s.outputs, s.grids, 1))
-    return _demanded_choice(problem, demand) or _free_choice(problem)
+    choice = _demanded_choice(problem, demand) or _free_choice(problem)
+    if choice.family is None and problem.table is not TableDtype.FLOAT32:
+        return _pick(replace(problem, table=TableDtype.FLOAT32), demand)
+    return choice
 
 
 def _rank(choices: tuple[Choice, ...]) -> tuple[int, float]:
@@ -254,8 +258,8 @@ def _free_choice(problem: Problem) -> Choice:
     choice = next(tuned_choices(problem), None) or default_choice(problem)
     if choice is not None:
         return choice
-    some = families(problem.device.kind, problem.operation)
-    why = "no kernel fits this problem" if some else f"no kernels for {problem.device.kind}"
+    some = families(problem.device.kind, problem.operation, problem.table)
+    why = "no kernel fits this problem" if some else f"no {problem.table} kernels for {problem.device.kind}"
     return _choice(problem, None, {}, Tier.REFERENCE, why)
 
 
@@ -264,7 +268,7 @@ def _free_choice(problem: Problem) -> Choice:
 
 def _tiled_families(problem: Problem, demand: Demand) -> list[tuple[Family, Parameters]]:
     """Families that know tiles and blocks, with the parameters that ``demand`` fixes."""
-    some = families(problem.device.kind, problem.operation)
+    some = families(problem.device.kind, problem.operation, problem.table)
     fixed = ((f, f.demanded(problem, demand)) for f in some)
     return [(f, p) for f, p in fixed if p is not None]
 
@@ -296,7 +300,7 @@ def _tiled_elsewhere(problem: Problem, demand: Demand) -> bool:
     """Whether another kernel of the backward pass takes the demand, which is for the pass as a whole."""
     if problem.operation not in _BACKWARD:
         return False
-    others = (Problem(o, problem.shape, problem.device) for o in _BACKWARD)
+    others = (replace(problem, operation=o) for o in _BACKWARD)
     return any(_tiled_families(p, demand) for p in others)
 
 
@@ -383,7 +387,7 @@ def _largest_grids(problem: Problem, demand: Demand) -> int | None:
     s = problem.shape
     for grids in range(s.grids - 1, 2, -1):
         smaller = LayerShape(s.inputs, s.outputs, grids, s.batch)
-        if _fits(Problem(problem.operation, smaller, problem.device), demand):
+        if _fits(replace(problem, shape=smaller), demand):
             return grids
     return None
 
@@ -409,7 +413,7 @@ _announced: set[tuple[object, ...]] = set()
 def _announce(choice: Choice) -> None:
     """Tell once per layer and tier; a batch that varies is no news."""
     p = choice.problem
-    news = (p.operation, p.shape.inputs, p.shape.outputs, p.shape.grids, p.device, choice.tier)
+    news = (p.operation, p.shape.inputs, p.shape.outputs, p.shape.grids, p.device, p.table, choice.tier)
     if news in _announced:
         return
     _announced.add(news)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lmkan_gen import families
 from lmkan_gen.device import Device
 from lmkan_gen.plan import Constant
-from lmkan_gen.problem import LayerShape, Operation
+from lmkan_gen.problem import LayerShape, Operation, TableDtype
 
 SCHEMA: Literal[1] = 1
 _MAX_REPORTED = 20
@@ -99,7 +99,7 @@ class ShapeRecord(_Model):
 class Dtypes(_Model):
     """Element types of the table and of the inputs."""
 
-    table: Literal["float32"] = "float32"
+    table: Annotated[TableDtype, Field(strict=False)] = TableDtype.FLOAT32
     input: Literal["float32"] = "float32"
 
 
@@ -142,11 +142,17 @@ class Entry(_Model):
                 f"family {self.family} does not compute {self.operation}; "
                 f"it computes {', '.join(sorted(family.operations))}"
             )
+        if not family.computes(self.operation, self.dtypes.table):
+            fitting = ", ".join(t for t in TableDtype if family.computes(self.operation, t))
+            raise ValueError(
+                f"family {self.family} computes {self.operation} with {fitting} tables, "
+                f"not with {self.dtypes.table}"
+            )
         family.check(self.operation, self.parameters)
         return self
 
     @property
-    def key(self) -> tuple[Operation, LayerShape, str, str]:
+    def key(self) -> tuple[Operation, LayerShape, TableDtype, str]:
         """What an entry is the answer to: there is one entry per key in a file."""
         return (self.operation, self.shape.layer, self.dtypes.table, self.dtypes.input)
 
@@ -250,7 +256,11 @@ def dump(file: TuningFile) -> str:
     content = file.model_dump(mode="json", by_alias=True)
     content["provenance"]["date"] = file.provenance.date
     order = list(Operation)
-    entries = sorted(file.entries, key=lambda e: (order.index(e.operation), e.shape.layer))
+    tables = list(TableDtype)
+    entries = sorted(
+        file.entries,
+        key=lambda e: (order.index(e.operation), tables.index(e.dtypes.table), e.shape.layer),
+    )
     content["entries"] = [e.model_dump(mode="json") for e in entries]
     for entry in content["entries"]:
         entry["parameters"] = dict(sorted(entry["parameters"].items()))

@@ -109,7 +109,7 @@ def evidence(problem: Problem) -> Iterator[Evidence]:
 
 def _of_file(problem: Problem, source: Source, file: TuningFile, same_device: bool) -> Iterator[Evidence]:
     for entry in file.entries:
-        if entry.operation is problem.operation:
+        if entry.operation is problem.operation and entry.dtypes.table is problem.table:
             yield Evidence(source, entry, same_device, _shape_distance(problem.shape, entry.shape.layer))
 
 

@@ -10,7 +10,7 @@ import torch
 from lmkan_gen import device as devices
 from lmkan_gen import toolchain
 from lmkan_gen.families import Family, families
-from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.selection import default_choice
 from lmkan_gen.tuner.verify import make_case
 
@@ -18,9 +18,10 @@ from lmkan_gen.tuner.verify import make_case
 SHAPES = (LayerShape(22, 19, 9, 20011), LayerShape(64, 128, 12, 1000), LayerShape(130, 67, 5, 37))
 CANDIDATES = 12
 FAMILIES = [
-    pytest.param(operation, family, id=f"{operation}-{family.name}")
+    pytest.param(operation, family, table, id=f"{operation}-{table}-{family.name}")
     for operation in Operation
-    for family in families("cuda", operation)
+    for table in TableDtype
+    for family in families("cuda", operation, table)
 ]
 
 
@@ -37,18 +38,20 @@ def test_both_gradients_of_an_untuned_gpu_are_sorted(arch: str, outputs: int, gr
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-@pytest.mark.parametrize(("operation", "family"), FAMILIES)
+@pytest.mark.parametrize(("operation", "family", "table"), FAMILIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_random_parameters(operation: Operation, family: Family, shape: LayerShape) -> None:
+def test_random_parameters(
+    operation: Operation, family: Family, table: TableDtype, shape: LayerShape
+) -> None:
     from lmkan_gen.launch import cuda
 
     device = torch.device("cuda", 0)
-    problem = Problem(operation, shape, devices.cuda(0))
+    problem = Problem(operation, shape, devices.cuda(0), table)
     feasible = [c for c in family.candidates(problem) if not family.violations(problem, c)]
-    chosen = Random(f"{operation} {shape}").sample(feasible, min(CANDIDATES, len(feasible)))
+    chosen = Random(f"{operation} {table} {shape}").sample(feasible, min(CANDIDATES, len(feasible)))
     assert chosen
     toolchain.build([family.spec(problem, c) for c in chosen])
-    case = make_case(operation, shape, device, 2.0, most=64)
+    case = make_case(operation, shape, device, 2.0, 64, table)
     for c in chosen:
         run = cuda.prepare(family.spec(problem, c), family.plan(problem, c), device)
         case.check(run, f"{family.name} {c}")

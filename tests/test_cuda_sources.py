@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from random import Random
 
@@ -19,7 +19,7 @@ from lmkan_gen import golden, toolchain
 from lmkan_gen.device import CUDA_ARCHITECTURES, target
 from lmkan_gen.families import families
 from lmkan_gen.plan import KernelSpec
-from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.resources import resource_directory
 from lmkan_gen.tuning_file import load
 
@@ -89,11 +89,11 @@ def select(arch: str) -> Selected:
     defaults: set[KernelSpec] = set()
     others: set[KernelSpec] = set()
     features: set[Feature] = set()
-    for operation in Operation:
-        for family in families("cuda", operation):
-            random = Random(f"{arch} {operation} {family.name}")
+    for operation, table in product(Operation, TableDtype):
+        for family in families("cuda", operation, table):
+            random = Random(f"{arch} {operation} {table} {family.name}")
             for shape in SHAPES:
-                problem = Problem(operation, shape, target(arch))
+                problem = Problem(operation, shape, target(arch), table)
                 if (parameters := family.default(problem)) is not None:
                     defaults.add(family.spec(problem, parameters))
                 candidates = family.candidates(problem)

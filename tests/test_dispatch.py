@@ -107,7 +107,7 @@ def test_prepares_once_per_shape(launcher: FakeLauncher) -> None:
 
 def test_records_what_ran(launcher: FakeLauncher) -> None:
     run()
-    dispatch.execute_backward(SHAPE, CPU, Demand(), buffers())
+    dispatch.execute(Operation.BACKWARD, SHAPE, CPU, Demand(), buffers())
     assert [(u.operation, u.kernel, u.fallback) for u in dispatch.used()] == [
         (Operation.FORWARD, "fake", None),
         (Operation.GRAD_INPUT, "fake", None),

@@ -51,17 +51,17 @@ def test_opcheck(dtype: torch.dtype, batch: int, grads: tuple[int, ...]) -> None
     tensors = case(batch, dtype)
     for k in grads:
         tensors[k].requires_grad_()
-    opcheck(FORWARD, (*tensors, 0, 0, 0, 0, False))
+    opcheck(FORWARD, (*tensors, 0, 0, 0, 0, False, "float32"))
     grad = torch.randn(4, batch, dtype=dtype, requires_grad=bool(grads))
     for needs in ((True, True), (True, False), (False, True)):
-        opcheck(BACKWARD, (grad, *tensors, *needs, 0, 0, False))
+        opcheck(BACKWARD, (grad, *tensors, *needs, 0, 0, False, "float32"))
 
 
 def test_opcheck_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.DISABLE_VARIABLE, "0")
     x, table, borders = case()
-    opcheck(FORWARD, (x.requires_grad_(), table.requires_grad_(), borders, 0, 0, 0, 0, False))
-    opcheck(BACKWARD, (torch.randn(4, 20), x, table, borders, True, True, 0, 0, False))
+    opcheck(FORWARD, (x.requires_grad_(), table.requires_grad_(), borders, 0, 0, 0, 0, False, "float32"))
+    opcheck(BACKWARD, (torch.randn(4, 20), x, table, borders, True, True, 0, 0, False, "float32"))
 
 
 def test_opcheck_of_double_backward() -> None:
@@ -125,9 +125,9 @@ def test_without_grad_mode_nothing_is_recorded() -> None:
 def test_unneeded_gradients_come_back_empty() -> None:
     x, table, borders = case()
     grad = torch.randn(4, 20)
-    grad_x, grad_table = BACKWARD(grad, x, table, borders, True, False, 0, 0, False)
+    grad_x, grad_table = BACKWARD(grad, x, table, borders, True, False, 0, 0, False, "float32")
     assert (grad_x.shape, grad_table.shape) == (x.shape, (0,))
-    grad_x, grad_table = BACKWARD(grad, x, table, borders, False, True, 0, 0, False)
+    grad_x, grad_table = BACKWARD(grad, x, table, borders, False, True, 0, 0, False, "float32")
     assert (grad_x.shape, grad_table.shape) == ((0,), table.shape)
 
 
@@ -205,7 +205,7 @@ def test_bad_input_is_refused(change: dict[str, Tensor], error: type[Exception],
 @pytest.mark.parametrize("bad", [torch.zeros(4, 19), torch.zeros(5, 20), torch.zeros(4)])
 def test_bad_gradient_is_refused(bad: Tensor) -> None:
     with pytest.raises(ValueError, match=r"grad must be \[outputs, batch\] = \[4, 20\]"):
-        BACKWARD(bad, *case(), True, True, 0, 0, False)
+        BACKWARD(bad, *case(), True, True, 0, 0, False, "float32")
 
 
 def test_grid_gradient_is_refused() -> None:
@@ -230,5 +230,5 @@ def test_mixed_devices_are_refused() -> None:
 def test_opcheck_on_a_gpu(monkeypatch: pytest.MonkeyPatch, disabled: str) -> None:
     monkeypatch.setenv(dispatch.DISABLE_VARIABLE, disabled)
     x, table, borders = (t.cuda() for t in case())
-    opcheck(FORWARD, (x.requires_grad_(), table.requires_grad_(), borders, 0, 0, 0, 0, False))
-    opcheck(BACKWARD, (torch.randn(4, 20).cuda(), x, table, borders, True, True, 0, 0, False))
+    opcheck(FORWARD, (x.requires_grad_(), table.requires_grad_(), borders, 0, 0, 0, 0, False, "float32"))
+    opcheck(BACKWARD, (torch.randn(4, 20).cuda(), x, table, borders, True, True, 0, 0, False, "float32"))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lmkan_gen import device as devices
 from lmkan_gen import families, reference, selection
-from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.selection import Tier, select
 from lmkan_gen.tuner import search
 from lmkan_gen.tuner.measure import Timing, measure
@@ -25,7 +25,7 @@ from lmkan_gen.tuner.progress import Observer, Progress
 from lmkan_gen.tuner.run import TuningFailed, tune
 from lmkan_gen.tuner.space import Candidate, explore
 from lmkan_gen.tuner.study import Study
-from lmkan_gen.tuner.verify import TOLERANCE, Mismatch, make_case
+from lmkan_gen.tuner.verify import TOLERANCES, Mismatch, make_case
 from lmkan_gen.tuner.worker import Rejected, Worker
 from lmkan_gen.tuning_file import Entry, TuningFile, load
 from tests.fault_family import Faulty
@@ -104,7 +104,7 @@ def test_right_kernels_pass_and_any_wrong_output_fails(
 
             def off(b: Mapping[str, Tensor], name: str = name, place: int = place) -> None:
                 flat = b[name].view(-1)
-                flat[place] += 20 * TOLERANCE * float(flat.abs().max())
+                flat[place] += 20 * TOLERANCES[TableDtype.FLOAT32] * float(flat.abs().max())
 
             with pytest.raises(Mismatch, match=rf"what: {name} differs"):
                 case.check(kernel(operation, off), "what")

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lmkan_gen.cli.options import OperationName, ShapeOption, TargetOption, parse_shape, parse_target
+from lmkan_gen.cli.options import (
+    OperationName,
+    ShapeOption,
+    TableOption,
+    TargetOption,
+    parse_shape,
+    parse_target,
+)
 
 if TYPE_CHECKING:
     from lmkan_gen.plan import LaunchPlan
@@ -23,6 +30,7 @@ def inspect_command(
         OperationName,
         typer.Option(help="backward: the kernels for both gradients, one fused or two."),
     ] = "forward",
+    table: TableOption = "float32",
     what: Annotated[
         What,
         typer.Option(
@@ -39,10 +47,10 @@ def inspect_command(
       lmkan-gen inspect --target cpu --shape 64,64,8,1024 --operation backward
       lmkan-gen inspect --target sm_120 --shape 64,64,8,1024 --what resources
     """
-    from lmkan_gen.problem import Operation, Problem
+    from lmkan_gen.problem import Operation, Problem, TableDtype
     from lmkan_gen.selection import select, select_backward
 
-    problem = Problem(Operation(operation), parse_shape(shape), parse_target(target))
+    problem = Problem(Operation(operation), parse_shape(shape), parse_target(target), TableDtype(table))
     if what in ("ptx", "sass", "resources") and problem.device.kind == "cpu":
         raise typer.BadParameter(f"{what} exists for sm_80 ... sm_120 only", param_hint="--what")
     choices = select_backward(problem) if problem.operation is Operation.BACKWARD else (select(problem),)

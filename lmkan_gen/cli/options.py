@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 OperationName = Literal["forward", "backward", "grad_input", "grad_table"]
 
+TableOption = Annotated[
+    Literal["float32", "float16", "bfloat16", "int8"],
+    typer.Option(help="Element type of the tables; the narrow ones are for CUDA."),
+]
 TargetOption = Annotated[
     str, typer.Option("--target", metavar="TARGET", help="cpu (this machine's) or sm_80 ... sm_120.")
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lmkan_gen.cli.options import parse_cuda_device, parse_shape
+from lmkan_gen.cli.options import TableOption, parse_cuda_device, parse_shape
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ def tune_command(
         Literal["forward", "backward", "all"],
         typer.Option(help="backward: input and table gradients, each alone and both together."),
     ] = "all",
+    table: TableOption = "float32",
     preset: Annotated[
         Literal["quick", "full"],
         typer.Option(help="quick tries 16 candidates per shape and operation, full 400."),
@@ -58,7 +59,7 @@ def tune_command(
       lmkan-gen tune --shape 64,128,8,4096 --shape 128,10,8,4096 --time-budget 300 --output my_gpu.yaml
       lmkan-gen tune --shape 512,512,18,65536 --preset full --resume
     """
-    from lmkan_gen.problem import Operation
+    from lmkan_gen.problem import Operation, TableDtype
 
     shapes = [parse_shape(s) for s in shape]
     for s in shapes:
@@ -86,6 +87,7 @@ def tune_command(
             shapes,
             chosen,
             operations,
+            table=TableDtype(table),
             trials=trials or (QUICK_TRIALS if preset == "quick" else FULL_TRIALS),
             time_budget=time_budget,
             output=target,

@@ -7,7 +7,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from lmkan_gen.families.base import Demand, Family, Parameters, Violation
-from lmkan_gen.problem import Operation
+from lmkan_gen.problem import Operation, TableDtype
 
 __all__ = ["Demand", "Family", "Parameters", "Violation", "families", "family"]
 
@@ -19,10 +19,12 @@ def _registry() -> dict[str, Family]:
     return {f.name: f for f in found}
 
 
-def families(device_kind: str, operation: Operation) -> tuple[Family, ...]:
-    """Families that compute ``operation`` on a ``"cpu"`` or ``"cuda"`` device."""
+def families(
+    device_kind: str, operation: Operation, table: TableDtype = TableDtype.FLOAT32
+) -> tuple[Family, ...]:
+    """Families that compute ``operation`` on a ``"cpu"`` or ``"cuda"`` device with tables of a dtype."""
     return tuple(
-        f for f in _registry().values() if f.device_kind == device_kind and operation in f.operations
+        f for f in _registry().values() if f.device_kind == device_kind and f.computes(operation, table)
     )
 
 

@@ -13,7 +13,7 @@ from itertools import product
 from typing import ClassVar, Literal
 
 from lmkan_gen.plan import Constant, KernelSpec, LaunchPlan
-from lmkan_gen.problem import Operation, Problem
+from lmkan_gen.problem import Operation, Problem, TableDtype
 
 Parameters = Mapping[str, Constant]
 
@@ -50,6 +50,10 @@ class Family(ABC):
     operations: ClassVar[frozenset[Operation]]
     #: one line for tables and docs
     idea: ClassVar[str]
+
+    def computes(self, operation: Operation, table: TableDtype) -> bool:
+        """Whether there is a kernel for ``operation`` on tables of this element type."""
+        return operation in self.operations and table is TableDtype.FLOAT32
 
     @abstractmethod
     def space(self, operation: Operation) -> Mapping[str, tuple[Constant, ...]]:

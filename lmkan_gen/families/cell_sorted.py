@@ -53,6 +53,8 @@ class CellSorted(Family):
         shape, device = problem.shape, problem.device
         items, segment, vector, unroll, blocks = _values(parameters)
         found = []
+        if problem.deterministic:
+            found.append(Violation("deterministic", "warps add to the same element in an order that varies"))
         if shape.pairs > _MAX_GRID:
             found.append(Violation("grid", f"{shape.pairs} input pairs, at most {_MAX_GRID} fit a launch"))
         if items > 1 and _SORT_THREADS * items // 2 >= shape.batch:

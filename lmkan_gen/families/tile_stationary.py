@@ -6,13 +6,19 @@ Forward, input gradient, and both gradients fused in the seed's two modes. See t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 
 from lmkan_gen.families.base import Demand, Family, Parameters, Violation
+from lmkan_gen.packing import SCALE_PAIRS
 from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Workspace
-from lmkan_gen.problem import Operation, Problem
+from lmkan_gen.problem import Operation, Problem, TableDtype
 
+#: operations on narrow tables; int8 is for inference
+_NARROW = {
+    TableDtype.FLOAT16: (Operation.FORWARD, Operation.GRAD_INPUT),
+    TableDtype.BFLOAT16: (Operation.FORWARD, Operation.GRAD_INPUT),
+    TableDtype.INT8: (Operation.FORWARD,),
+}
 _WARP = 32
 _LEAST_REGISTERS = 64  # what launch bounds leave each thread, at least
 _REGISTERS = 65536
@@ -22,7 +28,6 @@ _STAGING_RATE = 52e3  # of one multiprocessor, from the level-2 cache
 _CACHE_BYTES = 36 << 20  # results that stay in the level-2 cache from one tile to the next
 _CYCLES_PER_US = 1900.0
 _LAUNCH_US = 2.0
-_WHOLE = 1 << 30  # a slab as large as any batch
 #: with `pairs` these make rows of tables that are whole multiples of 32 banks
 _OUTS = (4, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48, 64, 128)
 
@@ -35,14 +40,19 @@ class TileStationary(Family):
     operations = frozenset({Operation.FORWARD, Operation.GRAD_INPUT, Operation.BACKWARD})
     idea = "a pairs x outs tile of tables in shared memory, the batch streamed past it"
 
+    def computes(self, operation: Operation, table: TableDtype) -> bool:
+        """See base class."""
+        return super().computes(operation, table) or operation in _NARROW.get(table, ())
+
     def space(self, operation: Operation) -> Mapping[str, tuple[Constant, ...]]:
         """See base class.
 
         ``groups`` warps share one sample's outputs, ``splits`` divides the sum over tiles where batches are
-        too small to fill the device, loads of coordinates run ``ahead`` by so many pairs. ``update`` says
-        how a tile's part of a sum joins the parts before it: by atomic addition (one access, but no
-        faster than device memory's atomics) or by reading and writing (two accesses). ``slab`` is how many
-        samples a launch works on: few keep results in the level-2 cache, many load each tile less often.
+        too small to fill the device, loads of coordinates run ``ahead`` by so many pairs. ``ranges`` of work
+        are even, or whole parts of a tile's batch: some multiprocessors may idle, but no tile is loaded
+        twice, and blocks that read the same coordinates do so at about the same time. ``update`` says how a
+        tile's part of a sum joins the parts before it: by atomic addition (one access, but no faster than
+        device memory's atomics) or by reading and writing (two accesses).
         """
         threads = (128, 256, 384, 512, 768, 1024)
         if operation is Operation.BACKWARD:
@@ -55,8 +65,8 @@ class TileStationary(Family):
             "coordinates": ("prepass", "inline"),
             "splits": ("none", "auto"),
             "update": ("add", "extend"),
-            "ahead": (2, 4),
-            "slab": (16384, _WHOLE),
+            "ahead": (2, 4, 8),
+            "ranges": ("even", "whole"),
         }
 
     def demanded(self, problem: Problem, demand: Demand) -> Mapping[str, Constant] | None:
@@ -72,11 +82,12 @@ class TileStationary(Family):
 
     def shared_memory(self, problem: Problem, parameters: Parameters) -> int:
         """Bytes of dynamic shared memory of one block."""
-        side, knots = problem.shape.grids + 1, problem.shape.knots
+        side = problem.shape.grids + 1
         copies = 1
         if problem.operation is Operation.BACKWARD:
             copies += 1 if parameters["mode"] == "normal" else _integer(parameters, "threads") // _WARP
-        tables = 4 * copies * knots * _integer(parameters, "pairs") * _integer(parameters, "outs")
+        words = _integer(parameters, "pairs") * _integer(parameters, "outs") // _pack(problem)
+        tables = 4 * copies * _rows(problem) * words
         if _coordinates(parameters) == "inline":
             return tables + 2 * 4 * _WARP * side  # knots and inverse spacings, a copy per lane
         return tables + (4 * side if problem.operation is Operation.GRAD_INPUT else 0)
@@ -97,13 +108,32 @@ class TileStationary(Family):
             )
         if threads // _WARP % groups:
             found.append(Violation("threads", f"{groups} groups do not divide {threads // _WARP} warps"))
-        ahead = _integer(parameters, "ahead", absent=1)
-        if ahead > pairs:
+        if (ahead := _integer(parameters, "ahead", absent=1)) > pairs:
             found.append(Violation("wasted", f"ahead={ahead} is more than the tile's {pairs} pairs"))
-        if parameters.get("slab", _WHOLE) != _WHOLE and _slab(problem, parameters) == shape.batch:
-            found.append(Violation("wasted", f"slab={parameters['slab']} is the whole batch, {shape.batch}"))
-        if outs % groups:
-            found.append(Violation("divisibility", f"{groups} groups do not divide {outs} outputs"))
+        if problem.deterministic and (
+            problem.operation is Operation.BACKWARD
+            or (problem.operation is Operation.GRAD_INPUT and groups > 1)
+        ):
+            found.append(
+                Violation("deterministic", "several warps add to the same element in an order that varies")
+            )
+        if outs % (groups * _pack(problem)):
+            found.append(
+                Violation(
+                    "divisibility",
+                    f"{groups} groups do not divide {outs} outputs, {_pack(problem)} to a word of the table",
+                )
+            )
+        if problem.table is TableDtype.INT8 and (
+            pairs > SCALE_PAIRS or _coordinates(parameters) != "prepass"
+        ):
+            found.append(
+                Violation(
+                    "table",
+                    f"int8 tables need coordinates=prepass, which marks far inputs, and at most "
+                    f"{SCALE_PAIRS} pairs, which share a scale, not {_coordinates(parameters)} and {pairs}",
+                )
+            )
         lane_outs = outs // groups
         if not 4 <= lane_outs <= 32:
             found.append(
@@ -167,21 +197,19 @@ class TileStationary(Family):
                 "splits": "auto",
                 "update": "add",
                 "ahead": 2,
-                "slab": slab,
+                "ranges": ranges,
             }
             for p in (2, 4, 8, 16)
             for o in _OUTS
             for g in (1, 2)
             for t in (256, 512, 768)
             for c in ("prepass", "inline")
-            for slab in (16384, _WHOLE)
+            for ranges in ("even", "whole")
         ]
 
     def estimate(self, problem: Problem, parameters: Parameters) -> float:
         """A rough time in microseconds; ranks candidates where nothing was tuned."""
         shape, operation = problem.shape, problem.operation
-        if (slab := _slab(problem, parameters)) < shape.batch:
-            return self.estimate(_with_batch(problem, slab), parameters) * shape.batch / slab
         segments, summed = self._segments(problem, parameters)
         grid, splits = self._grid(problem, parameters)
         segments *= splits
@@ -216,9 +244,13 @@ class TileStationary(Family):
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
         groups, inline = _groups(parameters), _coordinates(parameters) == "inline"
         moves = 3 if parameters.get("update") == "extend" else 1
-        data = 4 * pairs * outs * max(1, _WARP // (pairs * outs))
+        words = outs // groups // _pack(problem)
+        conflicts = max(1, _WARP // (pairs * (words & -words)))  # lanes of equal bank
+        reads = {TableDtype.FLOAT32: 4, TableDtype.INT8: 1}.get(problem.table, 2)
+        data = reads * pairs * outs * conflicts
         data += 2 * pairs * (groups + 1) + 4 * pairs * groups * inline
-        instructions = pairs * (9 * outs + (38 + 30 * inline) * groups) + 4 * outs + 60 * groups
+        each = {TableDtype.FLOAT32: 9, TableDtype.INT8: 4}.get(problem.table, 6)
+        instructions = pairs * (each * outs + (38 + 30 * inline) * groups) + 4 * outs + 60 * groups
         if problem.operation is Operation.FORWARD:
             data += moves * outs
         else:
@@ -231,7 +263,8 @@ class TileStationary(Family):
     @staticmethod
     def _staging_us(problem: Problem, parameters: Parameters) -> float:
         """What loading a tile costs: no less than 32 bytes can be read at a time, and rows are requests."""
-        pairs, rows = _integer(parameters, "pairs"), problem.shape.knots * _integer(parameters, "outs")
+        pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
+        rows = _rows(problem) * outs // _pack(problem)
         return rows * max(4 * max(pairs, 8) / _STAGING_RATE, 1 / _CYCLES_PER_US)
 
     @staticmethod
@@ -257,17 +290,20 @@ class TileStationary(Family):
     @staticmethod
     def _registers(problem: Problem, parameters: Parameters) -> int:
         """What a lane keeps for the whole of its sample, with addresses and weights; checked by compiling."""
-        pairs, lane_outs = _integer(parameters, "pairs"), _integer(parameters, "outs") // _groups(parameters)
+        pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
+        lane_outs = outs // _groups(parameters)
         extend = parameters.get("update") == "extend"
         base = 2 * (_integer(parameters, "ahead", absent=1) - 1) + (
             40 if _coordinates(parameters) == "prepass" else 54
         )
         if problem.operation is Operation.FORWARD:
-            return base + (1 + extend) * lane_outs
+            # half: weights again, and sums of two steps; int8: scales
+            held = {TableDtype.FLOAT32: 0, TableDtype.INT8: lane_outs}.get(problem.table, 4 + lane_outs // 2)
+            return base + (1 + extend) * lane_outs + held
         # strides between rows, and limits where tiles are partial
         strides = 2 * min(lane_outs & -lane_outs, _WARP // pairs).bit_length()
-        partial = problem.shape.pairs % pairs != 0 or problem.shape.outputs % lane_outs != 0
-        return base + 9 + strides + 6 * partial + 2 * lane_outs + (2 + 2 * extend) * pairs
+        partial = problem.shape.pairs % pairs != 0 or problem.shape.outputs % outs != 0
+        return base + 12 + strides + 6 * partial + 2 * lane_outs + (2 + 2 * extend) * pairs
 
     def _resident(self, problem: Problem, parameters: Parameters) -> int:
         """Blocks one multiprocessor holds: what launch bounds promise the compiler."""
@@ -290,19 +326,13 @@ class TileStationary(Family):
         lanes = _lanes(parameters)
         full = segments * -(-problem.shape.batch // (_WARP * lanes))
         splits = 1
-        if parameters.get("splits") == "auto" and full < slots:
+        if parameters.get("splits") == "auto" and full < slots and not problem.deterministic:
             splits = min(summed, slots // full)
         segments *= splits
         grid = max(1, min(slots, splits * full))
-        whole = grid // segments * segments
-        if not whole or whole == grid:
-            return grid, splits
-        # Blocks whose range reaches into a second segment load twice as many tiles. Leave a few
-        # multiprocessors idle instead where that costs less.
-        reload = self._staging_us(problem, parameters) / self._unit_us(problem, parameters)
-        straddling = self._units_per_block(problem, parameters, segments, grid) + reload + lanes / 2
-        aligned = self._units_per_block(problem, parameters, segments, whole)
-        return (whole if aligned < straddling else grid), splits
+        if parameters.get("ranges") == "whole" and grid > segments:
+            grid = grid // segments * segments
+        return grid, splits
 
     def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
         """See base class."""
@@ -322,58 +352,61 @@ class TileStationary(Family):
             "mode": str(parameters.get("mode", "none")),
             "update": str(parameters.get("update", "add")),
             "ahead": _integer(parameters, "ahead", absent=1),
+            "table": str(problem.table),
+            "scale_pairs": SCALE_PAIRS,
         }
         return KernelSpec.make("tile_stationary.cu.j2", problem.device.arch, constants)
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""
         shape, operation = problem.shape, problem.operation
-        slab = _slab(problem, parameters)
-        splits = self._grid(_with_batch(problem, slab), parameters)[1]
+        grid, splits = self._grid(problem, parameters)
         workspaces: list[Workspace] = []
         steps: list[Fill | Launch] = []
+        source = "x"
         if _coordinates(parameters) == "prepass":
-            pairs = _integer(parameters, "pairs")
-            samples = -(-shape.pairs // pairs) * -(-slab // _WARP) * _WARP
+            source = "coordinates"
+            pairs, units = _integer(parameters, "pairs"), -(-shape.batch // _WARP)
+            jobs = -(-shape.pairs // pairs) * units
             # loads run ahead of their use: behind the last coordinates stand some that nobody uses
             beyond = _integer(parameters, "threads") // _groups(parameters)
-            workspaces.append(Workspace("coordinates", 8 * pairs * (samples + beyond)))
+            workspaces.append(Workspace(source, 8 * pairs * (_WARP * jobs + beyond)))
+            blocks = min(-(-jobs // 8), 16 * problem.device.multiprocessors)
+            marks = ("far",) if problem.table is TableDtype.INT8 else ()
+            workspaces.extend(Workspace(name, shape.batch) for name in marks)
+            steps.extend(Fill(name) for name in marks)
+            arguments = ("x", "borders", source, *marks, shape.batch, shape.pairs)
+            steps.append(Launch("lmkan_coordinates", arguments, (blocks, 1, 1), 256))
         zeroed = {
             Operation.FORWARD: ("y",) if splits > 1 else (),
             Operation.GRAD_INPUT: ("grad_x",) if splits > 1 or _groups(parameters) > 1 else (),
             Operation.BACKWARD: ("grad_x", "grad_table"),
         }
         steps.extend(Fill(name) for name in zeroed[operation])
-        for first in range(0, shape.batch, slab):
-            steps.extend(self._launches(problem, parameters, first, min(slab, shape.batch - first), splits))
-        return LaunchPlan(tuple(workspaces), tuple(steps))
-
-    def _launches(
-        self, problem: Problem, parameters: Parameters, first: int, count: int, splits: int
-    ) -> Iterator[Launch]:
-        """The launches for ``count`` samples from ``first`` on."""
-        shape = problem.shape
-        source = "x"
-        if _coordinates(parameters) == "prepass":
-            source = "coordinates"
-            jobs = -(-shape.pairs // _integer(parameters, "pairs")) * -(-count // _WARP)
-            blocks = min(-(-jobs // 8), 16 * problem.device.multiprocessors)
-            arguments = ("x", "borders", source, shape.batch, first, count, shape.pairs)
-            yield Launch("lmkan_coordinates", arguments, (blocks, 1, 1), 256)
         buffers = {
             Operation.FORWARD: ("y",),
             Operation.GRAD_INPUT: ("grad", "grad_x"),
             Operation.BACKWARD: ("grad", "grad_x", "grad_table"),
-        }[problem.operation]
-        sizes = (shape.batch, first, count, shape.pairs, shape.outputs)
-        split = () if problem.operation is Operation.BACKWARD else (splits,)
-        yield Launch(
-            f"lmkan_{problem.operation}",
-            (source, "borders", "table", *buffers, *sizes, *split),
-            (self._grid(_with_batch(problem, count), parameters)[0], 1, 1),
-            _integer(parameters, "threads"),
-            self.shared_memory(problem, parameters),
+        }[operation]
+        sizes = (shape.batch, shape.pairs, shape.outputs)
+        split = () if operation is Operation.BACKWARD else (splits,)
+        tables = {TableDtype.FLOAT32: ("table",), TableDtype.INT8: ("words", "scales")}.get(
+            problem.table, ("words",)
         )
+        steps.append(
+            Launch(
+                f"lmkan_{operation}",
+                (source, "borders", *tables, *buffers, *sizes, *split),
+                (grid, 1, 1),
+                _integer(parameters, "threads"),
+                self.shared_memory(problem, parameters),
+            )
+        )
+        if problem.table is TableDtype.INT8:
+            blocks = min(-(-shape.batch // 256), 8 * problem.device.multiprocessors)
+            arguments = ("x", "borders", *tables, "far", "y", *sizes)
+            steps.append(Launch("lmkan_far_samples", arguments, (blocks, 1, 1), 256))
+        return LaunchPlan(tuple(workspaces), tuple(steps))
 
 
 def _integer(parameters: Parameters, name: str, absent: int | None = None) -> int:
@@ -383,18 +416,19 @@ def _integer(parameters: Parameters, name: str, absent: int | None = None) -> in
     return value
 
 
-def _slab(problem: Problem, parameters: Parameters) -> int:
-    """Samples of one launch."""
-    return min(problem.shape.batch, _integer(parameters, "slab", absent=problem.shape.batch))
+def _pack(problem: Problem) -> int:
+    """Outputs whose values share a 32-bit word of the table."""
+    return 2 if problem.table in (TableDtype.FLOAT16, TableDtype.BFLOAT16) else 1
+
+
+def _rows(problem: Problem) -> int:
+    """Rows of words in a table: one per knot, or per cell where a word holds a cell's corners."""
+    return problem.shape.grids**2 if problem.table is TableDtype.INT8 else problem.shape.knots
 
 
 def _lanes(parameters: Parameters) -> int:
     """Units of 32 samples that a block works on at a time."""
     return max(1, _integer(parameters, "threads") // _WARP // _groups(parameters))
-
-
-def _with_batch(problem: Problem, batch: int) -> Problem:
-    return replace(problem, shape=replace(problem.shape, batch=batch))
 
 
 def _groups(parameters: Parameters) -> int:

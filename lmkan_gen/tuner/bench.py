@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lmkan_gen import reference
 from lmkan_gen.families import Family, Parameters
-from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuner.measure import Timing, copies_past_cache, measure
 from lmkan_gen.tuner.verify import Case, Run, make_cases, make_inputs, output_shapes
 
@@ -25,8 +26,8 @@ class Bench:
     def __init__(self, problem: Problem, device: torch.device) -> None:
         self._problem = problem
         self._device = device
-        self._cases = make_cases(problem.operation, problem.shape, device)
-        self._buffers = rotated_buffers(problem.operation, problem.shape, device)
+        self._cases = make_cases(problem.operation, problem.shape, device, problem.table)
+        self._buffers = rotated_buffers(problem.operation, problem.shape, device, problem.table)
 
     def check(self, family: Family, parameters: Parameters) -> None:
         """Compare a candidate with the reference.
@@ -55,7 +56,7 @@ class Bench:
             return None
 
     def _time_reference_once(self, shape: LayerShape) -> float:
-        b = _with_outputs(self._problem.operation, shape, self._device)
+        b = _with_outputs(self._problem.operation, shape, self._device, TableDtype.FLOAT32)
         self._synchronize()
         start = time.perf_counter()
         if self._problem.operation is Operation.FORWARD:
@@ -68,7 +69,7 @@ class Bench:
         return time.perf_counter() - start
 
     def _check(self, case: Case, family: Family, parameters: Parameters) -> None:
-        problem = Problem(case.operation, case.shape, self._problem.device)
+        problem = replace(self._problem, shape=case.shape)
         if case.shape != self._problem.shape and family.violations(problem, parameters):
             return  # parameters for large batches need not run on small ones
         case.check(self._prepare(family, parameters, problem), f"batch {case.shape.batch}")
@@ -86,16 +87,23 @@ class Bench:
             torch.cuda.synchronize(self._device)
 
 
-def rotated_buffers(operation: Operation, shape: LayerShape, device: torch.device) -> list[dict[str, Tensor]]:
+def rotated_buffers(
+    operation: Operation,
+    shape: LayerShape,
+    device: torch.device,
+    table: TableDtype = TableDtype.FLOAT32,
+) -> list[dict[str, Tensor]]:
     """An operation's inputs and outputs by name, in as many equal sets as keep the L2 cache cold."""
-    first = _with_outputs(operation, shape, device)
+    first = _with_outputs(operation, shape, device, table)
     size = sum(t.numel() * t.element_size() for t in first.values())
     copies = copies_past_cache(size, device)
     return [first, *({n: t.clone() for n, t in first.items()} for _ in range(copies - 1))]
 
 
-def _with_outputs(operation: Operation, shape: LayerShape, device: torch.device) -> dict[str, Tensor]:
-    buffers = make_inputs(operation, shape, device, seed=0)
+def _with_outputs(
+    operation: Operation, shape: LayerShape, device: torch.device, table: TableDtype
+) -> dict[str, Tensor]:
+    buffers = make_inputs(operation, shape, device, seed=0, table=table)
     for name, size in output_shapes(operation, shape).items():
         buffers[name] = torch.zeros(size, device=device)
     return buffers

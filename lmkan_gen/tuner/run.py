@@ -14,7 +14,7 @@ import torch
 from lmkan_gen import __version__, dispatch, selection, toolchain
 from lmkan_gen import device as devices
 from lmkan_gen.families import families, family
-from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.toolchain import store
 from lmkan_gen.tuner.progress import Observer, Phase, Progress
 from lmkan_gen.tuner.search import ProblemSearch
@@ -36,6 +36,7 @@ def tune(
     device: torch.device,
     operations: Sequence[Operation] = tuple(Operation),
     *,
+    table: TableDtype = TableDtype.FLOAT32,
     trials: int = QUICK_TRIALS,
     time_budget: float | None = None,
     output: Path | None = None,
@@ -50,6 +51,7 @@ def tune(
         shapes: what to tune; batches must be at least 1.
         device: where. Only this device is used.
         operations: which operations; those without kernels for the device are left out.
+        table: element type of the tables.
         trials: candidates to try per shape and operation.
         time_budget: seconds for the whole run, shared evenly; None: as long as it takes. At least
             one candidate (the default, where there is one) is always measured.
@@ -72,7 +74,7 @@ def tune(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     chip = devices.of(device)
-    problems = _problems(shapes, operations, chip)
+    problems = _problems(shapes, operations, chip, table)
     output = output or default_output(chip)
     before = load(output) if output.exists() else None
     if before is not None:
@@ -111,12 +113,19 @@ def journal_directory() -> Path:
 
 
 def _problems(
-    shapes: Iterable[LayerShape], operations: Sequence[Operation], chip: devices.Device
+    shapes: Iterable[LayerShape],
+    operations: Sequence[Operation],
+    chip: devices.Device,
+    table: TableDtype,
 ) -> list[Problem]:
-    possible = [o for o in dict.fromkeys(operations) if families(chip.kind, o)]
+    possible = [o for o in dict.fromkeys(operations) if families(chip.kind, o, table)]
     if not possible:
-        raise TuningFailed(f"there are no {chip.kind} kernels to tune for {', '.join(operations)}")
-    problems = [Problem(operation, shape, chip) for shape in dict.fromkeys(shapes) for operation in possible]
+        raise TuningFailed(
+            f"there are no {chip.kind} kernels for {table} tables to tune for {', '.join(operations)}"
+        )
+    problems = [
+        Problem(operation, shape, chip, table) for shape in dict.fromkeys(shapes) for operation in possible
+    ]
     for problem in problems:
         if problem.shape.batch < 1:
             raise ValueError(f"batch must be at least 1 to be timed, got shape {problem.shape}")

@@ -158,7 +158,7 @@ class ProblemSearch:
         return Entry(
             operation=self._problem.operation,
             shape=ShapeRecord.of(self._problem.shape),
-            dtypes=Dtypes(),
+            dtypes=Dtypes(table=self._problem.table),
             family=best.family,
             parameters=best.parameters,
             time_us=Times(

@@ -9,11 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmkan_gen import grid, reference
-from lmkan_gen.problem import LayerShape, Operation
+from lmkan_gen import grid, packing, reference
+from lmkan_gen.problem import LayerShape, Operation, TableDtype
 
-#: largest difference, as a part of the largest value
-TOLERANCE = 5e-6
+#: largest difference from the definition with the same (rounded) table, as a part of the largest value
+TOLERANCES = {
+    TableDtype.FLOAT32: 5e-6,
+    TableDtype.FLOAT16: 1e-3,
+    TableDtype.BFLOAT16: 8e-3,
+    TableDtype.INT8: 5e-3,  # weights in units of 1/512
+}
 #: batches with odd tails, and how far their inputs spread beyond N(0, 1)
 _SMALL_CASES = ((33, 1.0), (257, 10.0))
 _GUARD = 64
@@ -43,9 +48,17 @@ def output_shapes(operation: Operation, shape: LayerShape) -> dict[str, tuple[in
 
 
 def make_inputs(
-    operation: Operation, shape: LayerShape, device: torch.device, seed: int, spread: float = 1.0
+    operation: Operation,
+    shape: LayerShape,
+    device: torch.device,
+    seed: int,
+    spread: float = 1.0,
+    table: TableDtype = TableDtype.FLOAT32,
 ) -> dict[str, Tensor]:
-    """Random float32 inputs of an operation, on ``device``, none of them within rounding of a knot."""
+    """Random float32 inputs of an operation, on ``device``, none of them within rounding of a knot.
+
+    Narrow tables come in both forms, with the same values.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -57,6 +70,9 @@ def make_inputs(
         "table": normal(shape.grids + 1, shape.grids + 1, shape.outputs, shape.pairs),
         "borders": borders,
     }
+    if table is not TableDtype.FLOAT32:
+        packed = packing.pack(buffers["table"], table)
+        buffers |= {"table": packing.unpack(packed), **packed.buffers()}
     if operation is not Operation.FORWARD:
         buffers["grad"] = normal(shape.outputs, shape.batch)
     return buffers
@@ -88,6 +104,7 @@ class Case:
     shape: LayerShape
     inputs: Mapping[str, Tensor]
     expected: tuple[Expected, ...]
+    tolerance: float
 
     def check(self, run: Run, what: str) -> None:
         """Run twice, on poisoned outputs between guards, and compare.
@@ -106,7 +123,7 @@ class Case:
                 if not bool(g.tensor.isfinite().all()):
                     raise Mismatch(f"{what}: {name} has elements that were not written or are not finite")
             for part in self.expected:
-                _compare(guarded[part.name].tensor, part, what)
+                _compare(guarded[part.name].tensor, part, self.tolerance, what)
 
     @property
     def _device(self) -> torch.device:
@@ -126,30 +143,37 @@ class _Guarded:
         return bool((edges == _CANARY).all())
 
 
-def _compare(output: Tensor, part: Expected, what: str) -> None:
+def _compare(output: Tensor, part: Expected, tolerance: float, what: str) -> None:
     actual = _take(output, part.dims).double()
     error = float((actual - part.values).abs().max() / part.values.abs().max().clamp_min(1e-30))
-    if not error <= TOLERANCE:
+    if not error <= tolerance:
         raise Mismatch(
-            f"{what}: {part.name} differs from the reference by {error:.1e}, limit {TOLERANCE:.0e}"
+            f"{what}: {part.name} differs from the reference by {error:.1e}, limit {tolerance:.0e}"
         )
 
 
-def make_cases(operation: Operation, shape: LayerShape, device: torch.device) -> list[Case]:
+def make_cases(
+    operation: Operation, shape: LayerShape, device: torch.device, table: TableDtype = TableDtype.FLOAT32
+) -> list[Case]:
     """Small batches with odd tails and far inputs, then the real shape, of which a part is compared."""
     cases = []
     for batch, spread in _SMALL_CASES:
         small = LayerShape(shape.inputs, shape.outputs, shape.grids, batch)
-        cases.append(make_case(operation, small, device, spread, _SMALL))
-    return [*cases, make_case(operation, shape, device, 1.0, _FEW)]
+        cases.append(make_case(operation, small, device, spread, _SMALL, table))
+    return [*cases, make_case(operation, shape, device, 1.0, _FEW, table)]
 
 
 def make_case(
-    operation: Operation, shape: LayerShape, device: torch.device, spread: float, most: int
+    operation: Operation,
+    shape: LayerShape,
+    device: torch.device,
+    spread: float,
+    most: int,
+    table: TableDtype = TableDtype.FLOAT32,
 ) -> Case:
     """Random inputs, and the right values for at most ``most`` indices of each dimension."""
     seed = zlib.crc32(f"{operation} {shape} {spread}".encode())
-    inputs = make_inputs(operation, shape, device, seed, spread)
+    inputs = make_inputs(operation, shape, device, seed, spread, table)
     picker = torch.Generator().manual_seed(seed)
     outs = _some(shape.outputs, most, picker, device)
     pairs = _some(shape.pairs, most, picker, device)
@@ -165,7 +189,7 @@ def make_case(
         # every sample counts here
         part = _reference(Operation.GRAD_TABLE, inputs, outs=outs, pairs=pairs)
         expected.append(Expected("grad_table", {2: outs, 3: pairs}, part))
-    return Case(operation, shape, inputs, tuple(expected))
+    return Case(operation, shape, inputs, tuple(expected), TOLERANCES[table])
 
 
 def _some(n: int, most: int, generator: torch.Generator, device: torch.device) -> Tensor:

@@ -1,0 +1,168 @@
+"""Narrow tables: what kernels read in place of the float32 parameter.
+
+========  =======================================================================================
+float16,  ``words`` int32 ``[G+1, G+1, ceil(O/2), P]``: outputs ``2k`` and ``2k+1`` in the lower and
+bfloat16  upper half
+int8      ``words`` int32 ``[G, G, O, P]``: the four corners of a cell, ``c00, c01, c10, c11`` from the
+          lowest byte up, in units of ``scales`` float32 ``[ceil(P/8), O]``
+========  =======================================================================================
+
+The layouts are the same for all kernels, so that a packed table outlives the choice of one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmkan_gen.problem import TableDtype
+
+#: neighbouring input pairs that share an int8 scale (per output)
+SCALE_PAIRS = 8
+_LARGEST = 127
+_HALF = {TableDtype.FLOAT16: torch.float16, TableDtype.BFLOAT16: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class PackedTable:
+    """A table in the layout that kernels for ``dtype`` read; ``scales`` only for int8."""
+
+    dtype: TableDtype
+    outputs: int
+    words: Tensor
+    scales: Tensor | None = None
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The parts by the names that launch plans know them by."""
+        return {"words": self.words} if self.scales is None else {"words": self.words, "scales": self.scales}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return self.words.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+
+def pack(table: Tensor, dtype: TableDtype) -> PackedTable:
+    """Round a table.
+
+    Args:
+        table: float ``[G+1, G+1, O, P]``.
+        dtype: float16, bfloat16 or int8.
+
+    Raises:
+        ValueError: ``dtype`` is not a narrow one, or int8 is asked for and the table holds infinities or NaN,
+            for which there is no scale.
+    """
+    outputs = table.shape[2]
+    if dtype is TableDtype.INT8:
+        values, scales = quantise(table)
+        return PackedTable(dtype, outputs, cells(values), scales)
+    return PackedTable(dtype, outputs, interleave(table.to(_half(dtype))))
+
+
+def unpack(packed: PackedTable) -> Tensor:
+    """The float32 table ``[G+1, G+1, O, P]`` that kernels for ``packed`` compute with."""
+    if packed.dtype is TableDtype.INT8:
+        assert packed.scales is not None
+        return dequantise(corners(packed.words), packed.scales)
+    return deinterleave(packed.words, packed.dtype, packed.outputs).float()
+
+
+def quantise(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients as int8 ``[G+1, G+1, O, P]`` with float32 scales ``[ceil(P/8), O]``.
+
+    A scale makes the largest coefficient of 8 neighbouring pairs of an output 127. Extrapolation needs no
+    larger range: it is in the weights.
+
+    Raises:
+        ValueError: the table holds infinities or NaN.
+    """
+    pairs = table.shape[3]
+    largest = table.detach().abs().amax((0, 1)).float()
+    if not bool(largest.isfinite().all()):
+        raise ValueError("table holds infinities or NaN: no scale makes int8 of them")
+    groups = -(-pairs // SCALE_PAIRS)
+    padded = torch.nn.functional.pad(largest, (0, groups * SCALE_PAIRS - pairs))
+    scales = padded.view(-1, groups, SCALE_PAIRS).amax(2) / _LARGEST
+    scales = torch.where(scales > 0, scales, 1.0).T.contiguous()
+    return (table.detach() / _spread(scales, pairs)).round_().to(torch.int8), scales
+
+
+def dequantise(values: Tensor, scales: Tensor) -> Tensor:
+    """The float32 table of `quantise`'s results."""
+    return values.float() * _spread(scales, values.shape[3])
+
+
+def _spread(scales: Tensor, pairs: int) -> Tensor:
+    """Scales as ``[O, P]``."""
+    return scales.T.repeat_interleave(SCALE_PAIRS, dim=1)[:, :pairs]
+
+
+def cells(values: Tensor) -> Tensor:
+    """Words of cells out of int8 coefficients ``[G+1, G+1, O, P]``."""
+    parts = (values[:-1, :-1], values[:-1, 1:], values[1:, :-1], values[1:, 1:])
+    return torch.stack(parts, dim=-1).view(torch.int32).squeeze(-1)
+
+
+def corners(words: Tensor) -> Tensor:
+    """The inverse of `cells`."""
+    of_cells = words.unsqueeze(-1).view(torch.int8)
+    grids = words.shape[0]
+    values = of_cells.new_empty((grids + 1, grids + 1, *words.shape[2:]))
+    for byte, (i, j) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        values[i : i + grids, j : j + grids] = of_cells[..., byte]
+    return values
+
+
+def interleave(table: Tensor) -> Tensor:
+    """Words of two neighbouring outputs out of 16-bit coefficients ``[G+1, G+1, O, P]``."""
+    if table.shape[2] % 2:
+        table = torch.nn.functional.pad(table, (0, 0, 0, 1))
+    return torch.stack((table[:, :, ::2], table[:, :, 1::2]), dim=-1).view(torch.int32).squeeze(-1)
+
+
+def deinterleave(words: Tensor, dtype: TableDtype, outputs: int) -> Tensor:
+    """The inverse of `interleave`: 16-bit coefficients ``[G+1, G+1, O, P]``."""
+    halves = words.unsqueeze(-1).view(_half(dtype))
+    table: Tensor = halves.transpose(3, 4).flatten(2, 3)[:, :, :outputs]
+    return table.contiguous()
+
+
+def _half(dtype: TableDtype) -> torch.dtype:
+    if dtype not in _HALF:
+        raise ValueError(f"table dtype {dtype} is not packed; narrow ones are float16, bfloat16 and int8")
+    return _HALF[dtype]
+
+
+@dataclass(frozen=True)
+class _Known:
+    table: weakref.ref[Tensor]
+    version: int
+    packed: PackedTable
+
+
+_known: dict[tuple[int, TableDtype], _Known] = {}
+
+
+def packed(table: Tensor, dtype: TableDtype) -> PackedTable:
+    """`pack`, done once for as long as the table lives and is not written to.
+
+    Writing is noticed by the tensor's version counter, as autograd does; what is written through ``.data``
+    escapes it. While a CUDA graph is captured packing is part of the graph, so that replays see new values.
+
+    Raises:
+        ValueError: as `pack`.
+    """
+    if table.is_inference() or (table.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return pack(table, dtype)
+    key = (id(table), dtype)
+    known = _known.get(key)
+    if known is None or known.table() is not table or known.version != table._version:
+        known = _Known(
+            weakref.ref(table, lambda _: _known.pop(key, None)), table._version, pack(table, dtype)
+        )
+        _known[key] = known
+    return known.packed

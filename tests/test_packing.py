@@ -1,0 +1,141 @@
+"""Narrow tables: what rounding may lose, and that layouts lose nothing more."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lmkan_gen import packing, reference
+from lmkan_gen.grid import knots
+from lmkan_gen.problem import TableDtype
+
+NARROW = [TableDtype.FLOAT16, TableDtype.BFLOAT16, TableDtype.INT8]
+HALF = {TableDtype.FLOAT16: torch.float16, TableDtype.BFLOAT16: torch.bfloat16}
+SIZES = st.tuples(st.integers(3, 6), st.integers(1, 9), st.integers(1, 19))
+
+
+def table(grids: int = 5, outputs: int = 7, pairs: int = 11) -> Tensor:
+    return torch.randn(grids + 1, grids + 1, outputs, pairs)
+
+
+@given(SIZES)
+@settings(max_examples=30, deadline=None)
+def test_half_tables_are_rounded_and_nothing_else(sizes: tuple[int, int, int]) -> None:
+    t = table(*sizes)
+    for dtype, half in HALF.items():
+        packed = packing.pack(t, dtype)
+        assert torch.equal(packing.unpack(packed), t.to(half).float())
+        lower, upper = packed.words & 0xFFFF, packed.words >> 16 & 0xFFFF
+        bits = t.to(half).view(torch.int16).int() & 0xFFFF
+        assert torch.equal(lower, bits[:, :, ::2])
+        assert torch.equal(upper[:, :, : sizes[1] // 2], bits[:, :, 1::2])
+
+
+@given(SIZES)
+@settings(max_examples=30, deadline=None)
+def test_int8_tables_are_within_half_a_step(sizes: tuple[int, int, int]) -> None:
+    t = table(*sizes)
+    packed = packing.pack(t, TableDtype.INT8)
+    assert packed.scales is not None
+    for p in range(sizes[2]):
+        scale = packed.scales[p // packing.SCALE_PAIRS]
+        group = t[..., p // packing.SCALE_PAIRS * packing.SCALE_PAIRS :][..., : packing.SCALE_PAIRS]
+        assert torch.allclose(scale, group.abs().amax((0, 1, 3)) / 127)
+        error = (packing.unpack(packed) - t)[..., p].abs()
+        assert (error <= 0.501 * scale).all()
+
+
+def test_int8_words_hold_the_corners_of_cells() -> None:
+    values = torch.randint(-128, 128, (5, 5, 3, 2), dtype=torch.int8)
+    words = packing.cells(values)
+    assert words.shape == (4, 4, 3, 2)
+    for byte, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        corner = words << (24 - 8 * byte) >> 24
+        assert torch.equal(corner, values[i : i + 4, j : j + 4].int())
+    assert torch.equal(packing.corners(words), values)
+
+
+def test_zero_tables() -> None:
+    for dtype in NARROW:
+        assert (packing.unpack(packing.pack(torch.zeros(4, 4, 2, 3), dtype)) == 0).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_int8_refuses_what_has_no_scale(value: float) -> None:
+    t = table()
+    t[0, 1, 2, 3] = value
+    with pytest.raises(ValueError, match="infinities or NaN"):
+        packing.pack(t, TableDtype.INT8)
+
+
+def test_float32_is_not_packed() -> None:
+    with pytest.raises(ValueError, match="float32 is not packed"):
+        packing.pack(table(), TableDtype.FLOAT32)
+
+
+@pytest.mark.parametrize("grids", [3, 4, 10, 18, 26, 40, 64, 256])
+def test_weights_of_int8_fit_16_bits_within_reach(grids: int) -> None:
+    """What the kernel relies on: below 64 where no input is beyond +-6."""
+    borders = knots(grids).double()
+    x = torch.linspace(-6, 6, 1001, dtype=torch.double)
+    cell = (torch.bucketize(x, borders) - 1).clamp(0, grids - 1)
+    d = (x - borders[cell]) / (borders[cell + 1] - borders[cell])
+    largest = torch.maximum(d.abs(), (1 - d).abs()).max()
+    assert largest**2 < 64
+
+
+def smooth_table(grids: int, outputs: int, pairs: int) -> Tensor:
+    """Sums of soft steps in random directions: what trained functions look like."""
+    g = knots(grids)
+    u, v = (t[..., None, None] for t in torch.meshgrid(g, g, indexing="ij"))
+    out = torch.zeros(grids + 1, grids + 1, outputs, pairs)
+    for _ in range(3):
+        a, b, w1, w2 = torch.randn(4, outputs, pairs)
+        out += a * torch.tanh(w1 * u + w2 * v + b)
+    return out
+
+
+@pytest.mark.parametrize("grids", [10, 18, 26])
+def test_int8_error_of_smooth_functions(grids: int) -> None:
+    torch.manual_seed(grids)
+    t, borders = smooth_table(grids, 16, 32), knots(grids)
+    x = 1.5 * torch.randn(64, 2000)
+    y, rounded = torch.empty(16, 2000), torch.empty(16, 2000)
+    reference.forward(x, t, borders, y)
+    reference.forward(x, packing.unpack(packing.pack(t, TableDtype.INT8)), borders, rounded)
+    assert (rounded - y).norm() <= 0.01 * y.norm()
+
+
+def test_packing_is_done_once_until_the_table_changes() -> None:
+    t = torch.nn.Parameter(table())
+    first = packing.packed(t, TableDtype.FLOAT16)
+    assert packing.packed(t, TableDtype.FLOAT16) is first
+    assert packing.packed(t, TableDtype.BFLOAT16) is not first
+    with torch.no_grad():
+        t.mul_(2)
+    second = packing.packed(t, TableDtype.FLOAT16)
+    assert second is not first
+    assert torch.equal(packing.unpack(second), t.detach().half().float())
+
+
+def test_what_was_packed_goes_with_its_table() -> None:
+    before = len(packing._known)
+    t = table()
+    packing.packed(t, TableDtype.INT8)
+    assert len(packing._known) == before + 1
+    del t
+    gc.collect()
+    assert len(packing._known) == before
+
+
+def test_inference_tensors_are_packed_anew() -> None:
+    with torch.inference_mode():
+        t = table()
+        first = packing.packed(t, TableDtype.FLOAT16)
+        t.add_(1)
+        assert not torch.equal(packing.packed(t, TableDtype.FLOAT16).words, first.words)
