@@ -283,4 +283,4 @@ def test_kernels_run_on_a_gpu_and_in_a_graph(dtype: torch.dtype) -> None:
             y = of(x)
     y.zero_()
     graph.replay()
-    assert torch.equal(y, right)
+    assert error(y, right.double().cpu()) <= 1e-6  # parts of sums are added in any order

@@ -29,7 +29,7 @@ _CACHE_BYTES = 36 << 20  # results that stay in the level-2 cache from one tile 
 _CYCLES_PER_US = 1900.0
 _LAUNCH_US = 2.0
 #: with `pairs` these make rows of tables that are whole multiples of 32 banks
-_OUTS = (4, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48, 64, 128)
+_OUTS = (4, 8, 10, 12, 16, 20, 24, 28, 32)
 
 
 class TileStationary(Family):
@@ -47,12 +47,12 @@ class TileStationary(Family):
     def space(self, operation: Operation) -> Mapping[str, tuple[Constant, ...]]:
         """See base class.
 
-        ``groups`` warps share one sample's outputs, ``splits`` divides the sum over tiles where batches are
-        too small to fill the device, loads of coordinates run ``ahead`` by so many pairs. ``ranges`` of work
-        are even, or whole parts of a tile's batch: some multiprocessors may idle, but no tile is loaded
-        twice, and blocks that read the same coordinates do so at about the same time. ``update`` says how a
-        tile's part of a sum joins the parts before it: by atomic addition (one access, but no faster than
-        device memory's atomics) or by reading and writing (two accesses).
+        Loads of coordinates run ``ahead`` by so many pairs. ``ranges`` of work are even, or whole parts of a
+        tile's batch: some multiprocessors may idle, but no tile is loaded twice, and blocks reading the same
+        coordinates do so at about the same time. ``update`` says how a tile's part of a sum joins the parts
+        before it: by atomic addition (one access, but no faster than device memory's atomics) or by reading
+        and writing (two accesses). ``access`` to rows of results is with each lane's own order of rows, or
+        aligned: registers are permuted first, so that a warp touches one row, a whole cache line, at a time.
         """
         threads = (128, 256, 384, 512, 768, 1024)
         if operation is Operation.BACKWARD:
@@ -60,13 +60,12 @@ class TileStationary(Family):
         return {
             "pairs": (2, 4, 8, 16),
             "outs": _OUTS,
-            "groups": (1, 2),
             "threads": threads,
             "coordinates": ("prepass", "inline"),
-            "splits": ("none", "auto"),
             "update": ("add", "extend"),
             "ahead": (2, 4, 8),
             "ranges": ("even", "whole"),
+            "access": ("rotated", "aligned"),
         }
 
     def demanded(self, problem: Problem, demand: Demand) -> Mapping[str, Constant] | None:
@@ -96,7 +95,6 @@ class TileStationary(Family):
         """See base class."""
         shape, device = problem.shape, problem.device
         pairs, outs, threads = (_integer(parameters, k) for k in ("pairs", "outs", "threads"))
-        groups = _groups(parameters)
         found = []
         if (need := self.shared_memory(problem, parameters)) > device.shared_memory_per_block:
             found.append(
@@ -106,39 +104,20 @@ class TileStationary(Family):
                     f"bytes of shared memory per block, {device.name} has {device.shared_memory_per_block}",
                 )
             )
-        if threads // _WARP % groups:
-            found.append(Violation("threads", f"{groups} groups do not divide {threads // _WARP} warps"))
         if (ahead := _integer(parameters, "ahead", absent=1)) > pairs:
             found.append(Violation("wasted", f"ahead={ahead} is more than the tile's {pairs} pairs"))
-        if problem.deterministic and (
-            problem.operation is Operation.BACKWARD
-            or (problem.operation is Operation.GRAD_INPUT and groups > 1)
-        ):
+        if problem.deterministic and problem.operation is Operation.BACKWARD:
             found.append(
                 Violation("deterministic", "several warps add to the same element in an order that varies")
             )
-        if outs % (groups * _pack(problem)):
-            found.append(
-                Violation(
-                    "divisibility",
-                    f"{groups} groups do not divide {outs} outputs, {_pack(problem)} to a word of the table",
-                )
-            )
         if problem.table is TableDtype.INT8 and (
-            pairs > SCALE_PAIRS or _coordinates(parameters) != "prepass"
+            pairs > 2 * SCALE_PAIRS or _coordinates(parameters) != "prepass"
         ):
             found.append(
                 Violation(
                     "table",
                     f"int8 tables need coordinates=prepass, which marks far inputs, and at most "
-                    f"{SCALE_PAIRS} pairs, which share a scale, not {_coordinates(parameters)} and {pairs}",
-                )
-            )
-        lane_outs = outs // groups
-        if not 4 <= lane_outs <= 32:
-            found.append(
-                Violation(
-                    "registers", f"{outs} outputs over {groups} groups: {lane_outs} per lane, must be 4 to 32"
+                    f"{2 * SCALE_PAIRS} pairs, not {_coordinates(parameters)} and {pairs}",
                 )
             )
         needed = self._registers(problem, parameters)
@@ -147,7 +126,7 @@ class TileStationary(Family):
                 Violation(
                     "registers",
                     f"{threads} threads have {limit} registers each, a tile of {pairs} x {outs} "
-                    f"over {groups} groups needs about {needed}",
+                    f"needs about {needed}",
                 )
             )
         if problem.operation is Operation.BACKWARD and parameters["mode"] == "fast":
@@ -191,25 +170,24 @@ class TileStationary(Family):
             {
                 "pairs": p,
                 "outs": o,
-                "groups": g,
                 "threads": t,
                 "coordinates": c,
-                "splits": "auto",
                 "update": "add",
                 "ahead": 2,
                 "ranges": ranges,
+                "access": access,
             }
             for p in (2, 4, 8, 16)
             for o in _OUTS
-            for g in (1, 2)
             for t in (256, 512, 768)
             for c in ("prepass", "inline")
             for ranges in ("even", "whole")
+            for access in ("rotated", "aligned")
         ]
 
     def estimate(self, problem: Problem, parameters: Parameters) -> float:
         """A rough time in microseconds; ranks candidates where nothing was tuned."""
-        shape, operation = problem.shape, problem.operation
+        operation = problem.operation
         segments, summed = self._segments(problem, parameters)
         grid, splits = self._grid(problem, parameters)
         segments *= splits
@@ -220,7 +198,7 @@ class TileStationary(Family):
         units = self._units_per_block(problem, parameters, segments, grid)
         compute = units * self._unit_us(problem, parameters) * sharing * summed / splits / utilisation
 
-        updated = 4 * shape.batch * (shape.outputs if operation is Operation.FORWARD else shape.inputs)
+        updated = self._updated(problem)
         extend = parameters.get("update") == "extend"
         rate = _CACHED_ADD_RATE if updated < _CACHE_BYTES else _EXTEND_RATE if extend else _ADD_RATE
         straddles = bool(segments % grid and grid % segments)
@@ -235,6 +213,12 @@ class TileStationary(Family):
         )
 
     @staticmethod
+    def _updated(problem: Problem) -> int:
+        """Bytes of the result, which every tile of the sum adds to."""
+        shape = problem.shape
+        return 4 * shape.batch * (shape.outputs if problem.operation is Operation.FORWARD else shape.inputs)
+
+    @staticmethod
     def _unit_us(problem: Problem, parameters: Parameters) -> float:
         """What a unit of 32 samples costs a multiprocessor per tile.
 
@@ -242,19 +226,19 @@ class TileStationary(Family):
         and of instruction slots.
         """
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
-        groups, inline = _groups(parameters), _coordinates(parameters) == "inline"
+        inline = _coordinates(parameters) == "inline"
         moves = 3 if parameters.get("update") == "extend" else 1
-        words = outs // groups // _pack(problem)
+        words = outs // _pack(problem)
         conflicts = max(1, _WARP // (pairs * (words & -words)))  # lanes of equal bank
         reads = {TableDtype.FLOAT32: 4, TableDtype.INT8: 1}.get(problem.table, 2)
         data = reads * pairs * outs * conflicts
-        data += 2 * pairs * (groups + 1) + 4 * pairs * groups * inline
+        data += 4 * pairs + 4 * pairs * inline
         each = {TableDtype.FLOAT32: 9, TableDtype.INT8: 4}.get(problem.table, 6)
-        instructions = pairs * (each * outs + (38 + 30 * inline) * groups) + 4 * outs + 60 * groups
+        instructions = pairs * (each * outs + 38 + 30 * inline) + 4 * outs + 60
         if problem.operation is Operation.FORWARD:
             data += moves * outs
         else:
-            data += 2 * outs + 2 * moves * pairs * groups
+            data += 2 * outs + 2 * moves * pairs
             instructions += 2 * pairs * outs
         if problem.operation is Operation.BACKWARD:
             data *= 8 if parameters["mode"] == "normal" else 5
@@ -291,19 +275,19 @@ class TileStationary(Family):
     def _registers(problem: Problem, parameters: Parameters) -> int:
         """What a lane keeps for the whole of its sample, with addresses and weights; checked by compiling."""
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
-        lane_outs = outs // _groups(parameters)
         extend = parameters.get("update") == "extend"
         base = 2 * (_integer(parameters, "ahead", absent=1) - 1) + (
             40 if _coordinates(parameters) == "prepass" else 54
         )
         if problem.operation is Operation.FORWARD:
-            # half: weights again, and sums of two steps; int8: scales
-            held = {TableDtype.FLOAT32: 0, TableDtype.INT8: lane_outs}.get(problem.table, 4 + lane_outs // 2)
-            return base + (1 + extend) * lane_outs + held
+            # half: weights again, and sums of two steps; int8: scales, and integer sums
+            scales = outs * (2 if pairs > SCALE_PAIRS else 1)
+            held = {TableDtype.FLOAT32: 0, TableDtype.INT8: scales + outs}.get(problem.table, 4 + outs // 2)
+            return base + (1 + extend) * outs + held
         # strides between rows, and limits where tiles are partial
-        strides = 2 * min(lane_outs & -lane_outs, _WARP // pairs).bit_length()
+        strides = 2 * min(outs & -outs, _WARP // pairs).bit_length()
         partial = problem.shape.pairs % pairs != 0 or problem.shape.outputs % outs != 0
-        return base + 12 + strides + 6 * partial + 2 * lane_outs + (2 + 2 * extend) * pairs
+        return base + 12 + strides + 6 * partial + 2 * outs + (2 + 2 * extend) * pairs
 
     def _resident(self, problem: Problem, parameters: Parameters) -> int:
         """Blocks one multiprocessor holds: what launch bounds promise the compiler."""
@@ -326,7 +310,7 @@ class TileStationary(Family):
         lanes = _lanes(parameters)
         full = segments * -(-problem.shape.batch // (_WARP * lanes))
         splits = 1
-        if parameters.get("splits") == "auto" and full < slots and not problem.deterministic:
+        if problem.operation is not Operation.BACKWARD and full < slots and not problem.deterministic:
             splits = min(summed, slots // full)
         segments *= splits
         grid = max(1, min(slots, splits * full))
@@ -343,7 +327,6 @@ class TileStationary(Family):
             "grids": shape.grids,
             "pairs": pairs,
             "outs": outs,
-            "groups": _groups(parameters),
             "threads": _integer(parameters, "threads"),
             "blocks": self._resident(problem, parameters),
             "coordinates": _coordinates(parameters),
@@ -352,6 +335,7 @@ class TileStationary(Family):
             "mode": str(parameters.get("mode", "none")),
             "update": str(parameters.get("update", "add")),
             "ahead": _integer(parameters, "ahead", absent=1),
+            "access": str(parameters.get("access", "rotated")),
             "table": str(problem.table),
             "scale_pairs": SCALE_PAIRS,
         }
@@ -369,7 +353,7 @@ class TileStationary(Family):
             pairs, units = _integer(parameters, "pairs"), -(-shape.batch // _WARP)
             jobs = -(-shape.pairs // pairs) * units
             # loads run ahead of their use: behind the last coordinates stand some that nobody uses
-            beyond = _integer(parameters, "threads") // _groups(parameters)
+            beyond = _integer(parameters, "threads")
             workspaces.append(Workspace(source, 8 * pairs * (_WARP * jobs + beyond)))
             blocks = min(-(-jobs // 8), 16 * problem.device.multiprocessors)
             marks = ("far",) if problem.table is TableDtype.INT8 else ()
@@ -379,7 +363,7 @@ class TileStationary(Family):
             steps.append(Launch("lmkan_coordinates", arguments, (blocks, 1, 1), 256))
         zeroed = {
             Operation.FORWARD: ("y",) if splits > 1 else (),
-            Operation.GRAD_INPUT: ("grad_x",) if splits > 1 or _groups(parameters) > 1 else (),
+            Operation.GRAD_INPUT: ("grad_x",) if splits > 1 else (),
             Operation.BACKWARD: ("grad_x", "grad_table"),
         }
         steps.extend(Fill(name) for name in zeroed[operation])
@@ -428,11 +412,7 @@ def _rows(problem: Problem) -> int:
 
 def _lanes(parameters: Parameters) -> int:
     """Units of 32 samples that a block works on at a time."""
-    return max(1, _integer(parameters, "threads") // _WARP // _groups(parameters))
-
-
-def _groups(parameters: Parameters) -> int:
-    return _integer(parameters, "groups", absent=1)
+    return max(1, _integer(parameters, "threads") // _WARP)
 
 
 def _coordinates(parameters: Parameters) -> str:
