@@ -23,11 +23,12 @@ _WARP = 32
 _LEAST_REGISTERS = 64  # what launch bounds leave each thread, at least
 _REGISTERS = 65536
 #: measured on an H200, in bytes per microsecond; only their ratios matter
-_ADD_RATE, _EXTEND_RATE, _CACHED_ADD_RATE = 0.9e6, 1.0e6, 3.3e6  # read and write count once
+_ADD_RATE, _CACHED_ADD_RATE = 1.3e6, 3.3e6  # read and write count once
 _STAGING_RATE = 52e3  # of one multiprocessor, from the level-2 cache
 _CACHE_BYTES = 36 << 20  # results that stay in the level-2 cache from one tile to the next
 _CYCLES_PER_US = 1900.0
 _LAUNCH_US = 2.0
+_WHOLE = 1 << 30  # a window as large as any batch
 #: with `pairs` these make rows of tables that are whole multiples of 32 banks
 _OUTS = (4, 8, 10, 12, 16, 20, 24, 28, 32)
 
@@ -49,10 +50,10 @@ class TileStationary(Family):
 
         Loads of coordinates run ``ahead`` by so many pairs. ``ranges`` of work are even, or whole parts of a
         tile's batch: some multiprocessors may idle, but no tile is loaded twice, and blocks reading the same
-        coordinates do so at about the same time. ``update`` says how a tile's part of a sum joins the parts
-        before it: by atomic addition (one access, but no faster than device memory's atomics) or by reading
-        and writing (two accesses). ``access`` to rows of results is with each lane's own order of rows, or
+        coordinates do so at about the same time. ``access`` to rows of results is in each lane's own order, or
         aligned: registers are permuted first, so that a warp touches one row, a whole cache line, at a time.
+        A block takes a ``window`` of so many times 32 samples through all tiles of a sum before it begins
+        another: few, and results stay in the level-2 cache.
         """
         threads = (128, 256, 384, 512, 768, 1024)
         if operation is Operation.BACKWARD:
@@ -62,10 +63,10 @@ class TileStationary(Family):
             "outs": _OUTS,
             "threads": threads,
             "coordinates": ("prepass", "inline"),
-            "update": ("add", "extend"),
             "ahead": (2, 4, 8),
             "ranges": ("even", "whole"),
             "access": ("rotated", "aligned"),
+            "window": (128, 256, 512, _WHOLE),
         }
 
     def demanded(self, problem: Problem, demand: Demand) -> Mapping[str, Constant] | None:
@@ -104,6 +105,9 @@ class TileStationary(Family):
                     f"bytes of shared memory per block, {device.name} has {device.shared_memory_per_block}",
                 )
             )
+        window = _window(parameters)
+        if window != _WHOLE and (self._updated(problem) < _CACHE_BYTES or window >= -(-shape.batch // _WARP)):
+            found.append(Violation("wasted", f"window={window}, but all results fit into the level-2 cache"))
         if (ahead := _integer(parameters, "ahead", absent=1)) > pairs:
             found.append(Violation("wasted", f"ahead={ahead} is more than the tile's {pairs} pairs"))
         if problem.deterministic and problem.operation is Operation.BACKWARD:
@@ -172,10 +176,10 @@ class TileStationary(Family):
                 "outs": o,
                 "threads": t,
                 "coordinates": c,
-                "update": "add",
                 "ahead": 2,
                 "ranges": ranges,
                 "access": access,
+                "window": window,
             }
             for p in (2, 4, 8, 16)
             for o in _OUTS
@@ -183,6 +187,7 @@ class TileStationary(Family):
             for c in ("prepass", "inline")
             for ranges in ("even", "whole")
             for access in ("rotated", "aligned")
+            for window in (128, _WHOLE)
         ]
 
     def estimate(self, problem: Problem, parameters: Parameters) -> float:
@@ -198,11 +203,11 @@ class TileStationary(Family):
         units = self._units_per_block(problem, parameters, segments, grid)
         compute = units * self._unit_us(problem, parameters) * sharing * summed / splits / utilisation
 
-        updated = self._updated(problem)
-        extend = parameters.get("update") == "extend"
-        rate = _CACHED_ADD_RATE if updated < _CACHE_BYTES else _EXTEND_RATE if extend else _ADD_RATE
+        updated, windows = self._updated(problem), -(-units // _window(parameters))
+        active = min(updated, grid * self._window_bytes(problem, parameters))
+        rate = _CACHED_ADD_RATE if active < _CACHE_BYTES else _ADD_RATE
         straddles = bool(segments % grid and grid % segments)
-        loads = (-(-segments // grid) + straddles) * summed / splits * sharing
+        loads = max(windows, -(-segments // grid) + straddles) * summed / splits * sharing
         launches = (
             1 + (_coordinates(parameters) != "inline") + (splits > 1) + (operation is Operation.BACKWARD)
         )
@@ -219,6 +224,13 @@ class TileStationary(Family):
         return 4 * shape.batch * (shape.outputs if problem.operation is Operation.FORWARD else shape.inputs)
 
     @staticmethod
+    def _window_bytes(problem: Problem, parameters: Parameters) -> int:
+        """Bytes of the result that a block adds to until it begins another window."""
+        forward = problem.operation is Operation.FORWARD
+        rows = _integer(parameters, "outs") if forward else 2 * _integer(parameters, "pairs")
+        return 4 * rows * _WARP * min(_window(parameters), -(-problem.shape.batch // _WARP))
+
+    @staticmethod
     def _unit_us(problem: Problem, parameters: Parameters) -> float:
         """What a unit of 32 samples costs a multiprocessor per tile.
 
@@ -227,7 +239,6 @@ class TileStationary(Family):
         """
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
         inline = _coordinates(parameters) == "inline"
-        moves = 3 if parameters.get("update") == "extend" else 1
         words = outs // _pack(problem)
         conflicts = max(1, _WARP // (pairs * (words & -words)))  # lanes of equal bank
         reads = {TableDtype.FLOAT32: 4, TableDtype.INT8: 1}.get(problem.table, 2)
@@ -236,9 +247,9 @@ class TileStationary(Family):
         each = {TableDtype.FLOAT32: 9, TableDtype.INT8: 4}.get(problem.table, 6)
         instructions = pairs * (each * outs + 38 + 30 * inline) + 4 * outs + 60
         if problem.operation is Operation.FORWARD:
-            data += moves * outs
+            data += outs
         else:
-            data += 2 * outs + 2 * moves * pairs
+            data += 2 * outs + 2 * pairs
             instructions += 2 * pairs * outs
         if problem.operation is Operation.BACKWARD:
             data *= 8 if parameters["mode"] == "normal" else 5
@@ -275,7 +286,6 @@ class TileStationary(Family):
     def _registers(problem: Problem, parameters: Parameters) -> int:
         """What a lane keeps for the whole of its sample, with addresses and weights; checked by compiling."""
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
-        extend = parameters.get("update") == "extend"
         base = 2 * (_integer(parameters, "ahead", absent=1) - 1) + (
             40 if _coordinates(parameters) == "prepass" else 54
         )
@@ -283,11 +293,11 @@ class TileStationary(Family):
             # half: weights again, and sums of two steps; int8: scales, and integer sums
             scales = outs * (2 if pairs > SCALE_PAIRS else 1)
             held = {TableDtype.FLOAT32: 0, TableDtype.INT8: scales + outs}.get(problem.table, 4 + outs // 2)
-            return base + (1 + extend) * outs + held
+            return base + outs + held
         # strides between rows, and limits where tiles are partial
         strides = 2 * min(outs & -outs, _WARP // pairs).bit_length()
         partial = problem.shape.pairs % pairs != 0 or problem.shape.outputs % outs != 0
-        return base + 12 + strides + 6 * partial + 2 * outs + (2 + 2 * extend) * pairs
+        return base + 12 + strides + 6 * partial + 2 * outs + 2 * pairs
 
     def _resident(self, problem: Problem, parameters: Parameters) -> int:
         """Blocks one multiprocessor holds: what launch bounds promise the compiler."""
@@ -333,7 +343,6 @@ class TileStationary(Family):
             "copy": next(n for n in (4, 2, 1) if shape.pairs % n == 0 and pairs % n == 0),
             "partial": int(shape.pairs % pairs != 0 or shape.outputs % outs != 0),
             "mode": str(parameters.get("mode", "none")),
-            "update": str(parameters.get("update", "add")),
             "ahead": _integer(parameters, "ahead", absent=1),
             "access": str(parameters.get("access", "rotated")),
             "table": str(problem.table),
@@ -373,7 +382,7 @@ class TileStationary(Family):
             Operation.BACKWARD: ("grad", "grad_x", "grad_table"),
         }[operation]
         sizes = (shape.batch, shape.pairs, shape.outputs)
-        split = () if operation is Operation.BACKWARD else (splits,)
+        split = () if operation is Operation.BACKWARD else (splits, _window(parameters))
         tables = {TableDtype.FLOAT32: ("table",), TableDtype.INT8: ("words", "scales")}.get(
             problem.table, ("words",)
         )
@@ -408,6 +417,11 @@ def _pack(problem: Problem) -> int:
 def _rows(problem: Problem) -> int:
     """Rows of words in a table: one per knot, or per cell where a word holds a cell's corners."""
     return problem.shape.grids**2 if problem.table is TableDtype.INT8 else problem.shape.knots
+
+
+def _window(parameters: Parameters) -> int:
+    """Units of 32 samples that a block takes through all tiles of a sum at a time."""
+    return _integer(parameters, "window", absent=_WHOLE)
 
 
 def _lanes(parameters: Parameters) -> int:
