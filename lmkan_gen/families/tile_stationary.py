@@ -28,7 +28,6 @@ _STAGING_RATE = 52e3  # of one multiprocessor, from the level-2 cache
 _CACHE_BYTES = 36 << 20  # results that stay in the level-2 cache from one tile to the next
 _CYCLES_PER_US = 1900.0
 _LAUNCH_US = 2.0
-_WHOLE = 1 << 30  # a window as large as any batch
 #: with `pairs` these make rows of tables that are whole multiples of 32 banks
 _OUTS = (4, 8, 10, 12, 16, 20, 24, 28, 32)
 
@@ -50,10 +49,8 @@ class TileStationary(Family):
 
         Loads of coordinates run ``ahead`` by so many pairs. ``ranges`` of work are even, or whole parts of a
         tile's batch: some multiprocessors may idle, but no tile is loaded twice, and blocks reading the same
-        coordinates do so at about the same time. ``access`` to rows of results is in each lane's own order, or
-        aligned: registers are permuted first, so that a warp touches one row, a whole cache line, at a time.
-        A block takes a ``window`` of so many times 32 samples through all tiles of a sum before it begins
-        another: few, and results stay in the level-2 cache.
+        coordinates do so at about the same time. ``access`` to rows of results is in each lane's own order,
+        or aligned: registers are permuted first, so that a warp touches one row, a whole line, at a time.
         """
         threads = (128, 256, 384, 512, 768, 1024)
         if operation is Operation.BACKWARD:
@@ -66,7 +63,6 @@ class TileStationary(Family):
             "ahead": (2, 4, 8),
             "ranges": ("even", "whole"),
             "access": ("rotated", "aligned"),
-            "window": (128, 256, 512, _WHOLE),
         }
 
     def demanded(self, problem: Problem, demand: Demand) -> Mapping[str, Constant] | None:
@@ -105,9 +101,6 @@ class TileStationary(Family):
                     f"bytes of shared memory per block, {device.name} has {device.shared_memory_per_block}",
                 )
             )
-        window = _window(parameters)
-        if window != _WHOLE and (self._updated(problem) < _CACHE_BYTES or window >= -(-shape.batch // _WARP)):
-            found.append(Violation("wasted", f"window={window}, but all results fit into the level-2 cache"))
         if (ahead := _integer(parameters, "ahead", absent=1)) > pairs:
             found.append(Violation("wasted", f"ahead={ahead} is more than the tile's {pairs} pairs"))
         if problem.deterministic and problem.operation is Operation.BACKWARD:
@@ -179,7 +172,6 @@ class TileStationary(Family):
                 "ahead": 2,
                 "ranges": ranges,
                 "access": access,
-                "window": window,
             }
             for p in (2, 4, 8, 16)
             for o in _OUTS
@@ -187,12 +179,11 @@ class TileStationary(Family):
             for c in ("prepass", "inline")
             for ranges in ("even", "whole")
             for access in ("rotated", "aligned")
-            for window in (128, _WHOLE)
         ]
 
     def estimate(self, problem: Problem, parameters: Parameters) -> float:
         """A rough time in microseconds; ranks candidates where nothing was tuned."""
-        operation = problem.operation
+        shape, operation = problem.shape, problem.operation
         segments, summed = self._segments(problem, parameters)
         grid, splits = self._grid(problem, parameters)
         segments *= splits
@@ -203,11 +194,12 @@ class TileStationary(Family):
         units = self._units_per_block(problem, parameters, segments, grid)
         compute = units * self._unit_us(problem, parameters) * sharing * summed / splits / utilisation
 
-        updated, windows = self._updated(problem), -(-units // _window(parameters))
-        active = min(updated, grid * self._window_bytes(problem, parameters))
-        rate = _CACHED_ADD_RATE if active < _CACHE_BYTES else _ADD_RATE
+        updated = 4 * shape.batch * (shape.outputs if operation is Operation.FORWARD else shape.inputs)
+        rate = _CACHED_ADD_RATE if updated < _CACHE_BYTES else _ADD_RATE
+        if parameters.get("access") == "rotated":  # pieces of lines
+            rate *= min(1.0, 0.6 + _integer(parameters, "pairs") / 40)
         straddles = bool(segments % grid and grid % segments)
-        loads = max(windows, -(-segments // grid) + straddles) * summed / splits * sharing
+        loads = (-(-segments // grid) + straddles) * summed / splits * sharing
         launches = (
             1 + (_coordinates(parameters) != "inline") + (splits > 1) + (operation is Operation.BACKWARD)
         )
@@ -216,19 +208,6 @@ class TileStationary(Family):
             + loads * self._staging_us(problem, parameters)
             + launches * _LAUNCH_US
         )
-
-    @staticmethod
-    def _updated(problem: Problem) -> int:
-        """Bytes of the result, which every tile of the sum adds to."""
-        shape = problem.shape
-        return 4 * shape.batch * (shape.outputs if problem.operation is Operation.FORWARD else shape.inputs)
-
-    @staticmethod
-    def _window_bytes(problem: Problem, parameters: Parameters) -> int:
-        """Bytes of the result that a block adds to until it begins another window."""
-        forward = problem.operation is Operation.FORWARD
-        rows = _integer(parameters, "outs") if forward else 2 * _integer(parameters, "pairs")
-        return 4 * rows * _WARP * min(_window(parameters), -(-problem.shape.batch // _WARP))
 
     @staticmethod
     def _unit_us(problem: Problem, parameters: Parameters) -> float:
@@ -382,7 +361,7 @@ class TileStationary(Family):
             Operation.BACKWARD: ("grad", "grad_x", "grad_table"),
         }[operation]
         sizes = (shape.batch, shape.pairs, shape.outputs)
-        split = () if operation is Operation.BACKWARD else (splits, _window(parameters))
+        split = () if operation is Operation.BACKWARD else (splits,)
         tables = {TableDtype.FLOAT32: ("table",), TableDtype.INT8: ("words", "scales")}.get(
             problem.table, ("words",)
         )
@@ -417,11 +396,6 @@ def _pack(problem: Problem) -> int:
 def _rows(problem: Problem) -> int:
     """Rows of words in a table: one per knot, or per cell where a word holds a cell's corners."""
     return problem.shape.grids**2 if problem.table is TableDtype.INT8 else problem.shape.knots
-
-
-def _window(parameters: Parameters) -> int:
-    """Units of 32 samples that a block takes through all tiles of a sum at a time."""
-    return _integer(parameters, "window", absent=_WHOLE)
 
 
 def _lanes(parameters: Parameters) -> int:
