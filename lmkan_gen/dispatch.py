@@ -72,16 +72,15 @@ class Used:
         return f"{words}; plain torch ran instead: {self.fallback}" if self.fallback else words
 
 
-_Key = tuple[Operation, LayerShape, torch.device, Demand, TableDtype, bool, bool]
+_Key = tuple[Operation, LayerShape, torch.device, Demand, TableDtype, bool, bool, bool]
 
 
 @dataclass(frozen=True)
 class _Prepared:
     runs: tuple[Run, ...]
     records: tuple[Used, ...]
-    #: which of the table's forms the runs read
-    reads_table: bool
-    reads_words: bool
+    #: names of buffers that the runs read
+    reads: frozenset[str]
 
 
 _prepared: dict[_Key, _Prepared] = {}
@@ -97,6 +96,7 @@ def execute(
     buffers: Buffers,
     table: TableDtype = TableDtype.FLOAT32,
     packed: PackedTable | None = None,
+    constant: bool = False,
 ) -> None:
     """Run one operation on float32 buffers, reproducibly if torch is asked for deterministic algorithms.
 
@@ -109,6 +109,7 @@ def execute(
             ``borders``, for gradients ``grad``, and the outputs, which need no initialisation.
         table: element type of the tables to compute with.
         packed: the packed table, in place of ``table`` among the buffers; of that type.
+        constant: whether it pays to arrange the table for this and later calls; a packed one always is.
 
     Raises:
         ValueError: the demand cannot be honoured, the device is neither a CPU nor a CUDA device, or the table
@@ -119,17 +120,14 @@ def execute(
             buffers["grad_table"].zero_()
         return
     deterministic = torch.are_deterministic_algorithms_enabled()
-    key = (operation, shape, device, demand, table, deterministic, kernels_disabled())
+    constant = constant or packed is not None
+    key = (operation, shape, device, demand, table, deterministic, constant, kernels_disabled())
     found = _prepared.get(key)
     if found is None:
         if len(_prepared) >= _CAPACITY:
             _prepared.pop(next(iter(_prepared)))
-        found = _prepared[key] = _prepare(operation, shape, device, demand, table, deterministic)
-    if found.reads_words:
-        packed = packed or packing.packed(buffers["table"], table)
-        buffers = {**buffers, **packed.buffers()}
-    if found.reads_table and packed is not None and "table" not in buffers:
-        buffers = {**buffers, "table": packing.unpack(packed)}
+        found = _prepared[key] = _prepare(operation, shape, device, demand, table, deterministic, constant)
+    buffers = packing.arranged(buffers, found.reads, table, packed)
     for run in found.runs:
         run(buffers)
 
@@ -141,6 +139,7 @@ def explain(
     demand: Demand | None = None,
     table: TableDtype = TableDtype.FLOAT32,
     deterministic: bool = False,
+    constant: bool = False,
 ) -> list[Choice]:
     """What `execute` would choose: one choice, or two where the gradients are computed apart.
 
@@ -152,7 +151,7 @@ def explain(
     """
     from lmkan_gen import selection
 
-    problem = Problem(operation, shape, devices.of(device), table, deterministic)
+    problem = Problem(operation, shape, devices.of(device), table, deterministic, constant)
     demand = demand or Demand()
     if kernels_disabled():
         tier = selection.Tier.REFERENCE
@@ -185,9 +184,10 @@ def _prepare(
     demand: Demand,
     table: TableDtype,
     deterministic: bool,
+    constant: bool,
 ) -> _Prepared:
     runs, records, plans = [], [], []
-    for choice in explain(operation, shape, device, demand, table, deterministic):
+    for choice in explain(operation, shape, device, demand, table, deterministic, constant):
         run, plan, fallback = _prepare_choice(choice, shape, device)
         runs.append(run)
         plans.append(plan)
@@ -195,8 +195,8 @@ def _prepare(
     return _Prepared(
         tuple(runs),
         tuple(records),
-        reads_table=any(p is None or p.reads("table") for p in plans),
-        reads_words=any(p is not None and p.reads("words") for p in plans),
+        # the reference reads the table itself
+        frozenset().union(*({"table"} if plan is None else plan.buffers for plan in plans)),
     )
 
 

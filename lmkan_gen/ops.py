@@ -10,6 +10,7 @@ call, which is what a small layer's time consists of.
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +23,15 @@ from lmkan_gen.families import Demand
 from lmkan_gen.problem import LayerShape, Operation, TableDtype
 
 _DTYPES = (torch.float32, torch.float64)
+
+
+class _Inference(threading.local):
+    """Whether this thread is in a call that nobody differentiates, so that the table is likely to stay."""
+
+    active = False
+
+
+_inference = _Inference()
 
 _LIBRARY = torch.library.Library("lmkan_gen", "DEF")
 _LIBRARY.define(
@@ -161,7 +171,8 @@ def _forward(
     if x.dtype == torch.float32:
         demand = _demand(device.type, tile_forward, block_forward, False)
         buffers = {"x": x, "table": table, "borders": borders, "y": y}
-        dispatch.execute(Operation.FORWARD, shape, device, demand, buffers, narrow)
+        constant = _inference.active
+        dispatch.execute(Operation.FORWARD, shape, device, demand, buffers, narrow, constant=constant)
     else:
         reference.forward(x, table, borders, y)
     return y
@@ -321,8 +332,12 @@ def _register(op: Any, name: str, real: Any, fake: Any, function: type[torch.aut
     def autograd(*arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
             return function.apply(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
+        before, _inference.active = _inference.active, True
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*arguments)
+        finally:
+            _inference.active = before
 
     _LIBRARY.impl(name, real, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, autograd, "Autograd")

@@ -13,7 +13,9 @@ The layouts are the same for all kernels, so that a packed table outlives the ch
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from lmkan_gen.problem import TableDtype
 #: neighbouring input pairs that share an int8 scale (per output)
 SCALE_PAIRS = 8
 _LARGEST = 127
+T = TypeVar("T")
 _HALF = {TableDtype.FLOAT16: torch.float16, TableDtype.BFLOAT16: torch.bfloat16}
 
 
@@ -137,14 +140,29 @@ def _half(dtype: TableDtype) -> torch.dtype:
     return _HALF[dtype]
 
 
-@dataclass(frozen=True)
-class _Known:
-    table: weakref.ref[Tensor]
-    version: int
-    packed: PackedTable
+def row_pitch(outputs: int) -> int:
+    """Values from one row of `rows` to the next: whole 16-byte words of float32."""
+    return -(-outputs // 4) * 4
 
 
-_known: dict[tuple[int, TableDtype], _Known] = {}
+def rows(source: Tensor | PackedTable, dtype: TableDtype) -> Tensor:
+    """A table with its outputs together: ``[P, G+1, G+1, row_pitch(O)]``, in float32, float16 or bfloat16.
+
+    Done once for as long as ``source`` lives and is not written to, like `packed`.
+    """
+    if isinstance(source, PackedTable):
+        outputs, key = source.outputs, source.words
+    else:
+        outputs, key = source.shape[2], source
+
+    def arrange() -> Tensor:
+        table = unpack(source) if isinstance(source, PackedTable) else source.detach()
+        if dtype is not TableDtype.FLOAT32:
+            table = table.to(_half(dtype))
+        by_pair = table.permute(3, 0, 1, 2)
+        return torch.nn.functional.pad(by_pair, (0, row_pitch(outputs) - outputs)).contiguous()
+
+    return _once(key, f"rows {dtype}", arrange)
 
 
 def packed(table: Tensor, dtype: TableDtype) -> PackedTable:
@@ -156,13 +174,50 @@ def packed(table: Tensor, dtype: TableDtype) -> PackedTable:
     Raises:
         ValueError: as `pack`.
     """
-    if table.is_inference() or (table.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return pack(table, dtype)
-    key = (id(table), dtype)
+    return _once(table, f"packed {dtype}", lambda: pack(table, dtype))
+
+
+@dataclass(frozen=True)
+class _Known:
+    source: weakref.ref[Tensor]
+    version: int
+    made: Any
+
+
+_known: dict[tuple[int, str], _Known] = {}
+
+
+def _once(source: Tensor, what: str, make: Callable[[], T]) -> T:
+    if source.is_inference() or (source.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return make()
+    key = (id(source), what)
     known = _known.get(key)
-    if known is None or known.table() is not table or known.version != table._version:
-        known = _Known(
-            weakref.ref(table, lambda _: _known.pop(key, None)), table._version, pack(table, dtype)
-        )
+    if known is None or known.source() is not source or known.version != source._version:
+        known = _Known(weakref.ref(source, lambda _: _known.pop(key, None)), source._version, make())
         _known[key] = known
-    return known.packed
+    made: T = known.made
+    return made
+
+
+def arranged(
+    buffers: Mapping[str, Tensor], reads: Collection[str], dtype: TableDtype, table: PackedTable | None = None
+) -> Mapping[str, Tensor]:
+    """``buffers`` with the table in those of its forms (``table``, ``words``, ``rows``) that will be read.
+
+    Args:
+        buffers: tensors by the names of `lmkan_gen.plan.LaunchPlan`; ``table`` is among them unless packed.
+        reads: names of buffers that will be read.
+        dtype: element type of the forms other than ``table``.
+        table: the table, packed, of that type.
+
+    Raises:
+        ValueError: as `pack`.
+    """
+    forms: dict[str, Tensor] = {}
+    if "rows" in reads and "rows" not in buffers:
+        forms["rows"] = rows(buffers["table"] if table is None else table, dtype)
+    if "words" in reads and "words" not in buffers:
+        forms |= (table or packed(buffers["table"], dtype)).buffers()
+    if "table" in reads and "table" not in buffers and table is not None:
+        forms["table"] = unpack(table)
+    return {**buffers, **forms} if forms else buffers

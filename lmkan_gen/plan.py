@@ -81,13 +81,15 @@ class LaunchPlan:
     Buffer names a plan may use without declaring them: ``x`` ``[I, B]``, ``table``
     ``[G+1, G+1, O, I/2]``, ``borders`` ``[G+1]``; for gradients ``grad`` ``[O, B]``; outputs ``y``,
     ``grad_x``, ``grad_table``. All float32, contiguous. Where tables are narrow also ``words`` and, for
-    int8, ``scales``, as `lmkan_gen.packing` lays them out. Outputs arrive uninitialised: the plan must
-    write every element.
+    int8, ``scales``; where they do not change ``rows``: all as `lmkan_gen.packing` lays them out. Outputs
+    arrive uninitialised: the plan must write every element.
     """
 
     workspaces: tuple[Workspace, ...]
     steps: tuple[Fill | Launch, ...]
 
-    def reads(self, buffer: str) -> bool:
-        """Whether a step is given the buffer of this name."""
-        return any(isinstance(step, Launch) and buffer in step.arguments for step in self.steps)
+    @property
+    def buffers(self) -> frozenset[str]:
+        """Names of all buffers that steps are given."""
+        launches = (step for step in self.steps if isinstance(step, Launch))
+        return frozenset(a for launch in launches for a in launch.arguments if isinstance(a, str))

@@ -95,6 +95,7 @@ class Problem:
         device: where.
         table: element type of the tables.
         deterministic: whether the same call must give the same bits every time.
+        constant: whether the table stays as it is for many calls, so that arranging it otherwise pays.
     """
 
     operation: Operation
@@ -102,3 +103,4 @@ class Problem:
     device: Device
     table: TableDtype = TableDtype.FLOAT32
     deterministic: bool = False
+    constant: bool = False

@@ -255,7 +255,13 @@ def _rank(choices: tuple[Choice, ...]) -> tuple[int, float]:
 
 
 def _free_choice(problem: Problem) -> Choice:
-    choice = next(tuned_choices(problem), None) or default_choice(problem)
+    choice = next(tuned_choices(problem), None)
+    if choice is None or choice.tier is not Tier.EXACT:
+        default = default_choice(problem)
+        if choice is None or (
+            default is not None and default.family and family(default.family).preference(problem) > 1
+        ):
+            choice = default
     if choice is not None:
         return choice
     some = families(problem.device.kind, problem.operation, problem.table)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
 import torch
 
 from lmkan_gen import device as devices
-from lmkan_gen import toolchain
+from lmkan_gen import packing, toolchain
 from lmkan_gen.families import Family, families
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.selection import default_choice
@@ -46,12 +47,14 @@ def test_random_parameters(
     from lmkan_gen.launch import cuda
 
     device = torch.device("cuda", 0)
-    problem = Problem(operation, shape, devices.cuda(0), table)
+    problem = Problem(operation, shape, devices.cuda(0), table, constant=True)
     feasible = [c for c in family.candidates(problem) if not family.violations(problem, c)]
     chosen = Random(f"{operation} {table} {shape}").sample(feasible, min(CANDIDATES, len(feasible)))
     assert chosen
     toolchain.build([family.spec(problem, c) for c in chosen])
     case = make_case(operation, shape, device, 2.0, 64, table)
     for c in chosen:
-        run = cuda.prepare(family.spec(problem, c), family.plan(problem, c), device)
-        case.check(run, f"{family.name} {c}")
+        plan = family.plan(problem, c)
+        forms = packing.arranged(case.inputs, plan.buffers, table)
+        run = cuda.prepare(family.spec(problem, c), plan, device)
+        replace(case, inputs=forms).check(run, f"{family.name} {c}")

@@ -93,7 +93,7 @@ def select(arch: str) -> Selected:
         for family in families("cuda", operation, table):
             random = Random(f"{arch} {operation} {table} {family.name}")
             for shape in SHAPES:
-                problem = Problem(operation, shape, target(arch), table)
+                problem = Problem(operation, shape, target(arch), table, constant=True)
                 if (parameters := family.default(problem)) is not None:
                     defaults.add(family.spec(problem, parameters))
                 candidates = family.candidates(problem)

@@ -84,7 +84,10 @@ class Family(ABC):
         return False
 
     def preference(self, problem: Problem) -> float:
-        """Rank among families whose defaults fit an untuned problem: the largest is taken."""
+        """Rank among families whose defaults fit an untuned problem: the largest is taken.
+
+        Above 1 the default is taken even over what was tuned for other shapes.
+        """
         return 0.0
 
     def check(self, operation: Operation, parameters: Parameters) -> None:

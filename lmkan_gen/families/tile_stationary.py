@@ -52,11 +52,16 @@ class TileStationary(Family):
         coordinates do so at about the same time. ``access`` to rows of results is in each lane's own order,
         or aligned: registers are permuted first, so that a warp touches one row, a whole line, at a time.
         """
-        threads = (128, 256, 384, 512, 768, 1024)
+        threads = (64, 128, 256, 384, 512, 768, 1024)
         if operation is Operation.BACKWARD:
-            return {"pairs": (2, 4, 8), "outs": (4, 8, 16), "threads": threads, "mode": ("normal", "fast")}
+            return {
+                "pairs": (2, 4, 8),
+                "outs": (4, 8, 16),
+                "threads": threads[1:],
+                "mode": ("normal", "fast"),
+            }
         return {
-            "pairs": (2, 4, 8, 16),
+            "pairs": (2, 4, 8, 16, 32),
             "outs": _OUTS,
             "threads": threads,
             "coordinates": ("prepass", "inline"),

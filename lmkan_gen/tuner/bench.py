@@ -10,7 +10,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from lmkan_gen import reference
+from lmkan_gen import packing, reference
 from lmkan_gen.families import Family, Parameters
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuner.measure import Timing, copies_past_cache, measure
@@ -77,10 +77,9 @@ class Bench:
 
     def _prepare(self, family: Family, parameters: Parameters, problem: Problem) -> Run:
         launcher = import_module(f"lmkan_gen.launch.{problem.device.kind}")
-        run: Run = launcher.prepare(
-            family.spec(problem, parameters), family.plan(problem, parameters), self._device
-        )
-        return run
+        plan = family.plan(problem, parameters)
+        run: Run = launcher.prepare(family.spec(problem, parameters), plan, self._device)
+        return lambda buffers: run(packing.arranged(buffers, plan.buffers, problem.table))
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
