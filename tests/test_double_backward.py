@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -73,13 +74,6 @@ def peak(function: Callable[[], object], directory: Path) -> int:
     return most
 
 
-def operands(inputs: int, outputs: int, grids: int, batch: int) -> list[Tensor]:
-    """What double_backward takes, as far as it is a tensor, but for the knots."""
-    table = torch.randn(grids + 1, grids + 1, outputs, inputs // 2)
-    x, grad = torch.randn(inputs, batch), torch.randn(outputs, batch)
-    return [torch.randn_like(x), torch.randn_like(table), grad, x, table]
-
-
 def test_the_measure_of_memory(tmp_path: Path) -> None:
     def two_at_a_time() -> None:
         for _ in range(3):
@@ -94,13 +88,13 @@ def test_memory_does_not_grow_with_batch_or_grid(monkeypatch: pytest.MonkeyPatch
     temporary = 2**18
     monkeypatch.setattr(reference, "_TEMPORARY", temporary)
     for sizes in ((16, 16, 8, 1000), (16, 16, 8, 8000), (16, 16, 40, 1000), (64, 48, 12, 1000)):
-        tensors = operands(*sizes)
-        out = [torch.empty_like(t) for t in tensors[2:]]
-        borders = knots(sizes[2])
-
-        def run(tensors: list[Tensor] = tensors, out: list[Tensor] = out, borders: Tensor = borders) -> None:
-            reference.double_backward(*tensors, borders, *out)
-
+        inputs, outputs, grids, batch = sizes
+        x, grad = torch.randn(inputs, batch), torch.randn(outputs, batch)
+        table = torch.randn(grids + 1, grids + 1, outputs, inputs // 2)
+        v_x, v_table = torch.randn_like(x), torch.randn_like(table)
+        out = [torch.empty_like(t) for t in (grad, x, table)]
+        given = (v_x, v_table, grad, x, table, knots(grids))
+        run = partial(reference.double_backward, *given, *out)
         assert peak(run, tmp_path) < 14 * temporary, sizes
 
 
