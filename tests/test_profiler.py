@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lmkan_gen import LMKAN2DLayer, dispatch
 from lmkan_gen.device import target
 from lmkan_gen.families import families
 from lmkan_gen.plan import Launch
-from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 
 PERFORMANCE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 OPERATORS = {f"lmkan_gen::{name}" for name in ("forward", "backward", "hessian", "grad_hessian")}
@@ -31,9 +32,9 @@ def documented() -> set[str]:
 def test_kernel_names_are_documented() -> None:
     """Those of every family and operation, in every way that parameters make it launch."""
     launched = set()
-    for operation in Operation:
-        for family in families("cuda", operation):
-            problem = Problem(operation, LayerShape(64, 128, 9, 4096), target("sm_90"))
+    for operation, table in product(Operation, TableDtype):
+        for family in families("cuda", operation, table):
+            problem = Problem(operation, LayerShape(64, 128, 9, 4096), target("sm_90"), table)
             for parameters in family.candidates(problem):
                 if not family.violations(problem, parameters):
                     steps = family.plan(problem, parameters).steps
