@@ -213,7 +213,12 @@ class LMKAN2DLayer(nn.Module):
         """How far the functions are from affine, a scalar; add ``lambda`` times it to the loss.
 
         See `lmkan_gen.regularization.hessian_regularization`.
+
+        Raises:
+            RuntimeError: the layer is frozen.
         """
+        if self.frozen is not None:
+            raise RuntimeError("a frozen layer has no functions to regularise; call unfreeze() first")
         return hessian_regularization(self.func_parameter, self.borders)
 
     def extra_repr(self) -> str:
