@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lmkan_gen import device as devices
-from lmkan_gen import packing, reference
+from lmkan_gen import hessian_reference, packing, reference
 from lmkan_gen.families import Demand, family
 from lmkan_gen.packing import PackedTable
 from lmkan_gen.plan import KernelSpec, LaunchPlan
@@ -106,7 +106,7 @@ def execute(
         device: where the buffers are.
         demand: tile and block sizes to be honoured.
         buffers: contiguous tensors by the names of `lmkan_gen.plan.LaunchPlan`: ``x``, ``table``,
-            ``borders``, for gradients ``grad``, and the outputs, which need no initialisation.
+            ``borders``, for gradients ``grad``, and so on, and the outputs, which need no initialisation.
         table: element type of the tables to compute with.
         packed: the packed table, in place of ``table`` among the buffers; of that type.
         constant: whether it pays to arrange the table for this and later calls; a packed one always is.
@@ -260,9 +260,19 @@ def _backward(b: Buffers) -> None:
     _grad_table(b)
 
 
+def _hessian(b: Buffers) -> None:
+    hessian_reference.value(b["table"], b["borders"], b["value"])
+
+
+def _grad_hessian(b: Buffers) -> None:
+    hessian_reference.gradient(b["scale"], b["table"], b["borders"], b["grad_table"])
+
+
 _REFERENCE: dict[Operation, Run] = {
     Operation.FORWARD: _forward,
     Operation.GRAD_INPUT: _grad_input,
     Operation.GRAD_TABLE: _grad_table,
     Operation.BACKWARD: _backward,
+    Operation.HESSIAN: _hessian,
+    Operation.GRAD_HESSIAN: _grad_hessian,
 }

@@ -42,7 +42,9 @@ class LMKAN2DLayer(nn.Module):
         tile_size_forward: inputs and outputs whose tables a block holds at a time, a power of two.
         tile_size_backward: the same for the backward kernel.
         init_scale: the table starts uniform within ``+-init_scale / sqrt(input_dim)``.
-        backward_fast_mode: prefer the backward kernel that trades shared memory for speed.
+        backward_fast_mode: a wish that goes with a tile or block size for backward: where one kernel of that
+            tile computes both gradients, take its variant that trades shared memory for speed, if it fits.
+            Without tile and block the fastest kernel is taken anyway, and this changes nothing.
 
     Attributes:
         func_parameter: parameter ``[num_grids+1, num_grids+1, output_dim, input_dim/2]``, float32; entry
@@ -211,7 +213,12 @@ class LMKAN2DLayer(nn.Module):
         """How far the functions are from affine, a scalar; add ``lambda`` times it to the loss.
 
         See `lmkan_gen.regularization.hessian_regularization`.
+
+        Raises:
+            RuntimeError: the layer is frozen.
         """
+        if self.frozen is not None:
+            raise RuntimeError("a frozen layer has no functions to regularise; call unfreeze() first")
         return hessian_regularization(self.func_parameter, self.borders)
 
     def extra_repr(self) -> str:

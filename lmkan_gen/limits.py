@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lmkan_gen.device import Device
 from lmkan_gen.families import Demand, Family, Parameters, families
-from lmkan_gen.problem import MIN_GRIDS, LayerShape, Operation, Problem
+from lmkan_gen.problem import CALL_OPERATIONS, MIN_GRIDS, LayerShape, Operation, Problem
 
 TILE_SIZES = (4, 8, 16)
 #: a family that still runs here is taken to have no limit of its own
@@ -53,7 +53,7 @@ def limits(device: Device) -> list[Limit]:
     """One entry per operation, family, tile and variant, in that order, for ``device``."""
     return [
         limit
-        for operation in Operation
+        for operation in CALL_OPERATIONS
         for family in families(device.kind, operation)
         for limit in _family_limits(family, operation, device)
     ]

@@ -80,9 +80,11 @@ class LaunchPlan:
 
     Buffer names a plan may use without declaring them: ``x`` ``[I, B]``, ``table``
     ``[G+1, G+1, O, I/2]``, ``borders`` ``[G+1]``; for gradients ``grad`` ``[O, B]``; outputs ``y``,
-    ``grad_x``, ``grad_table``. All float32, contiguous. Where tables are narrow also ``words`` and, for
-    int8, ``scales``; where they do not change ``rows``: all as `lmkan_gen.packing` lays them out. Outputs
-    arrive uninitialised: the plan must write every element.
+    ``grad_x``, ``grad_table``. The Hessian regulariser has ``table`` and ``borders``, and the output
+    ``value`` ``[]``, or for its gradient ``scale`` ``[]`` and the output ``grad_table``. All float32,
+    contiguous. Where tables are narrow also ``words`` and, for int8, ``scales``; where they do not change
+    ``rows``: all as `lmkan_gen.packing` lays them out. Outputs arrive uninitialised: the plan must write
+    every element.
     """
 
     workspaces: tuple[Workspace, ...]

@@ -14,13 +14,21 @@ class Operation(StrEnum):
     """One kernel's worth of work of an lmKAN layer.
 
     ``BACKWARD`` computes both gradients together; ``GRAD_INPUT`` and ``GRAD_TABLE`` one each, so
-    that nobody pays for a gradient that was not asked for.
+    that nobody pays for a gradient that was not asked for. ``HESSIAN`` is the value of the Hessian
+    regulariser and ``GRAD_HESSIAN`` its gradient; they work on the table alone and ignore the batch,
+    which is 1 by convention.
     """
 
     FORWARD = "forward"
     GRAD_INPUT = "grad_input"
     GRAD_TABLE = "grad_table"
     BACKWARD = "backward"
+    HESSIAN = "hessian"
+    GRAD_HESSIAN = "grad_hessian"
+
+
+#: what a layer call consists of: operations that are tuned per shape and batch
+CALL_OPERATIONS = (Operation.FORWARD, Operation.GRAD_INPUT, Operation.GRAD_TABLE, Operation.BACKWARD)
 
 
 class TableDtype(StrEnum):

@@ -1,8 +1,27 @@
-"""The Hessian regulariser: how far a layer's functions are from being affine."""
+"""The Hessian regulariser: how far a layer's functions are from being affine.
+
+Two torch operators, ``torch.ops.lmkan_gen.hessian`` (the value) and ``grad_hessian`` (the gradient, times a
+scalar), each one pass over the table. Both have fake implementations and are differentiable any number of
+times: the value is a quadratic form, so that its gradient is linear in the table and its own transpose.
+
+The backward pass computes the gradient from the table instead of keeping it from the forward pass: that
+reads the table twice and writes the gradient once, where keeping it would add a pass that multiplies it by
+what comes from the loss, and hold memory of the size of the table in between.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from lmkan_gen import dispatch, hessian_reference
+from lmkan_gen.families import Demand
+from lmkan_gen.problem import LayerShape, Operation
+
+#: bytes; kernels load this much at a time
+_ALIGNMENT = 16
 
 
 def hessian_regularization(table: Tensor, borders: Tensor) -> Tensor:
@@ -10,7 +29,10 @@ def hessian_regularization(table: Tensor, borders: Tensor) -> Tensor:
 
     Second derivatives are finite differences on the non-uniform grid; the value is
     ``sum_functions mean_knots (f_xx^2 + 2 f_xy^2 + f_yy^2)``. It is zero for affine functions and
-    differentiable with respect to ``table``.
+    differentiable with respect to ``table``, any number of times.
+
+    float32 goes to the kernels, with sums in a fixed order: results are reproducible to the bit. Any
+    other floating-point dtype is computed in plain torch.
 
     Args:
         table: ``[G+1, G+1, O, P]``, values of the functions at the knots.
@@ -20,28 +42,95 @@ def hessian_regularization(table: Tensor, borders: Tensor) -> Tensor:
         A scalar tensor of the dtype of ``table``.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: shapes or devices do not belong together, the device is neither a CPU nor a CUDA
+            device, or ``borders`` requires a gradient.
+        TypeError: the dtypes differ.
     """
+    if borders.requires_grad:
+        raise ValueError("borders requires a gradient, but the grid is fixed; pass borders.detach()")
+    value: Tensor = _hessian(table, borders)
+    return value
+
+
+def _check(table: Tensor, borders: Tensor) -> None:
+    if borders.dtype != table.dtype:
+        raise TypeError(f"borders has dtype {borders.dtype}, table has {table.dtype}: they must agree")
+    if borders.device != table.device:
+        raise ValueError(
+            f"borders is on {borders.device}, table is on {table.device}: move both to one device"
+        )
     knots = borders.numel()
-    if table.dim() != 4 or table.shape[0] != knots or table.shape[1] != knots:
+    if borders.dim() != 1 or table.dim() != 4 or table.shape[0] != knots or table.shape[1] != knots:
         raise ValueError(
             f"table must be [G+1, G+1, outputs, pairs] with G+1 = {knots} as borders has it, "
             f"got {list(table.shape)}"
         )
-    width = borders.diff()
-    before, after = width[:-1], width[1:]
-    span = before + after
-
-    f_xx = _second_difference(table[:, 1:-1], before.view(-1, 1, 1, 1), after.view(-1, 1, 1, 1), 0)
-    f_yy = _second_difference(table[1:-1], before.view(-1, 1, 1), after.view(-1, 1, 1), 1)
-    # grouped so that each bracket is exact for values that vary slowly along the second axis
-    f_xy = (table[2:, 2:] - table[2:, :-2]) - (table[:-2, 2:] - table[:-2, :-2])
-    f_xy = f_xy / (span.view(-1, 1, 1, 1) * span.view(-1, 1, 1))
-    return (f_xx.square() + 2 * f_xy.square() + f_yy.square()).mean(dim=(0, 1)).sum()
 
 
-def _second_difference(values: Tensor, before: Tensor, after: Tensor, axis: int) -> Tensor:
-    slope = values.diff(dim=axis)
-    inner = slope.shape[axis] - 1
-    left, right = slope.narrow(axis, 0, inner), slope.narrow(axis, 1, inner)
-    return (right / after - left / before) * (2 / (before + after))
+def _execute(operation: Operation, table: Tensor, borders: Tensor, **others: Tensor) -> None:
+    table = table.contiguous()
+    if table.data_ptr() % _ALIGNMENT:
+        table = table.clone()  # a view into something larger
+    shape = LayerShape(2 * table.shape[3], table.shape[2], table.shape[0] - 1, batch=1)
+    buffers = {"table": table, "borders": borders.contiguous(), **others}
+    dispatch.execute(operation, shape, table.device, Demand(), buffers)
+
+
+@torch.library.custom_op(
+    "lmkan_gen::hessian", mutates_args=(), schema="(Tensor table, Tensor borders) -> Tensor"
+)
+def _hessian(table: Tensor, borders: Tensor) -> Tensor:
+    _check(table, borders)
+    value = table.new_empty(())
+    if table.dtype == torch.float32:
+        _execute(Operation.HESSIAN, table, borders, value=value)
+    else:
+        hessian_reference.value(table, borders, value)
+    return value
+
+
+@torch.library.custom_op(
+    "lmkan_gen::grad_hessian",
+    mutates_args=(),
+    schema="(Tensor scale, Tensor table, Tensor borders) -> Tensor",
+)
+def _grad_hessian(scale: Tensor, table: Tensor, borders: Tensor) -> Tensor:
+    _check(table, borders)
+    grad_table = table.new_empty(table.shape)
+    if table.dtype == torch.float32:
+        _execute(Operation.GRAD_HESSIAN, table, borders, scale=scale, grad_table=grad_table)
+    else:
+        hessian_reference.gradient(scale, table, borders, grad_table)
+    return grad_table
+
+
+@_hessian.register_fake
+def _hessian_fake(table: Tensor, borders: Tensor) -> Tensor:
+    _check(table, borders)
+    return table.new_empty(())
+
+
+@_grad_hessian.register_fake
+def _grad_hessian_fake(scale: Tensor, table: Tensor, borders: Tensor) -> Tensor:
+    _check(table, borders)
+    return table.new_empty(table.shape)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _hessian_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    table, borders = ctx.saved_tensors
+    return _grad_hessian(grad, table, borders), None
+
+
+def _grad_hessian_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    scale, table, borders = ctx.saved_tensors
+    need_scale, need_table, _ = ctx.needs_input_grad
+    grad_scale = (v * _grad_hessian(torch.ones_like(scale), table, borders)).sum() if need_scale else None
+    return grad_scale, _grad_hessian(scale, v, borders) if need_table else None, None
+
+
+_hessian.register_autograd(_hessian_backward, setup_context=_save_inputs)
+_grad_hessian.register_autograd(_grad_hessian_backward, setup_context=_save_inputs)

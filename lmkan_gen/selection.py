@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from lmkan_gen.families import Demand, Family, Parameters, families, family
 from lmkan_gen.plan import Constant
-from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
+from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuning_sources import (
     TUNING_VARIABLE,
     Source,
@@ -425,7 +425,7 @@ def _announce(choice: Choice) -> None:
     _announced.add(news)
     if choice.tier is Tier.REFERENCE:
         warnings.warn(f"{choice.describe()}; it is correct but slow", stacklevel=4)
-    elif choice.tier in (Tier.EXACT, Tier.DEMANDED):
+    elif choice.tier in (Tier.EXACT, Tier.DEMANDED) or p.operation not in CALL_OPERATIONS:
         logger.debug("%s", choice.describe())
     else:
         logger.info("%s; to tune it: %s", choice.describe(), tune_command(p))

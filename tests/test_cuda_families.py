@@ -11,7 +11,7 @@ import torch
 from lmkan_gen import device as devices
 from lmkan_gen import packing, toolchain
 from lmkan_gen.families import Family, families
-from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
+from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.selection import default_choice
 from lmkan_gen.tuner.verify import make_case
 
@@ -20,7 +20,7 @@ SHAPES = (LayerShape(22, 19, 9, 20011), LayerShape(64, 128, 12, 1000), LayerShap
 CANDIDATES = 12
 FAMILIES = [
     pytest.param(operation, family, table, id=f"{operation}-{table}-{family.name}")
-    for operation in Operation
+    for operation in CALL_OPERATIONS
     for table in TableDtype
     for family in families("cuda", operation, table)
 ]

@@ -132,6 +132,15 @@ def test_hessian_regularization() -> None:
     assert layer.func_parameter.grad.abs().max() > 0
 
 
+def test_frozen_layers_are_not_regularised() -> None:
+    layer = LMKAN2DLayer(7, 6, 5).eval()
+    layer.freeze(torch.float16)
+    with pytest.raises(RuntimeError, match="call unfreeze\\(\\) first"):
+        layer.get_hessian_regularization()
+    layer.unfreeze()
+    assert layer.get_hessian_regularization().item() > 0
+
+
 def test_learns() -> None:
     # the product of two inputs: out of reach for a linear layer
     torch.manual_seed(0)

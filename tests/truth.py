@@ -106,3 +106,24 @@ def away_from_knots(x: Array, borders: Array, margin: float = 1e-4) -> Array:
                 break
             moved[place] += np.float32(3 * margin * h)
     return moved
+
+
+def hessian(table: Any, borders: Any) -> tuple[float, Array]:
+    """The Hessian regulariser and its gradient, stencil by stencil."""
+    c, g = np.asarray(table, dtype=np.float64), np.asarray(borders, dtype=np.float64)
+    grids = len(g) - 1
+    value, gradient = 0.0, np.zeros_like(c)
+    for i in range(1, grids):
+        for j in range(1, grids):
+            left, right, below, above = g[i] - g[i - 1], g[i + 1] - g[i], g[j] - g[j - 1], g[j + 1] - g[j]
+            kx, ky, corner = 2 / (left + right), 2 / (below + above), 1 / ((left + right) * (below + above))
+            xx = {(1, 0): kx / right, (0, 0): -kx * (1 / right + 1 / left), (-1, 0): kx / left}
+            yy = {(0, 1): ky / above, (0, 0): -ky * (1 / above + 1 / below), (0, -1): ky / below}
+            xy = {(a, b): a * b * corner for a in (-1, 1) for b in (-1, 1)}
+            for weight, stencil in ((1, xx), (2, xy), (1, yy)):
+                derivative = sum(k * c[i + a, j + b] for (a, b), k in stencil.items())
+                value += weight * float((derivative**2).sum())
+                for (a, b), k in stencil.items():
+                    gradient[i + a, j + b] += 2 * weight * k * derivative
+    knots = (grids - 1) ** 2
+    return value / knots, gradient / knots

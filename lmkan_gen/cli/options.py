@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lmkan_gen.device import Device
     from lmkan_gen.problem import LayerShape
 
-OperationName = Literal["forward", "backward", "grad_input", "grad_table"]
+OperationName = Literal["forward", "backward", "grad_input", "grad_table", "hessian", "grad_hessian"]
 
 TableOption = Annotated[
     Literal["float32", "float16", "bfloat16", "int8"],

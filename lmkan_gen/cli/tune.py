@@ -59,7 +59,7 @@ def tune_command(
       lmkan-gen tune --shape 64,128,8,4096 --shape 128,10,8,4096 --time-budget 300 --output my_gpu.yaml
       lmkan-gen tune --shape 512,512,18,65536 --preset full --resume
     """
-    from lmkan_gen.problem import Operation, TableDtype
+    from lmkan_gen.problem import CALL_OPERATIONS, Operation, TableDtype
 
     shapes = [parse_shape(s) for s in shape]
     for s in shapes:
@@ -69,7 +69,7 @@ def tune_command(
     operations = {
         "forward": (Operation.FORWARD,),
         "backward": (Operation.GRAD_INPUT, Operation.GRAD_TABLE, Operation.BACKWARD),
-        "all": tuple(Operation),
+        "all": CALL_OPERATIONS,
     }[operation]
 
     from rich.console import Console

@@ -14,7 +14,7 @@ import torch
 from lmkan_gen import __version__, dispatch, selection, toolchain
 from lmkan_gen import device as devices
 from lmkan_gen.families import families, family
-from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
+from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.toolchain import store
 from lmkan_gen.tuner.progress import Observer, Phase, Progress
 from lmkan_gen.tuner.search import ProblemSearch
@@ -34,7 +34,7 @@ class TuningFailed(RuntimeError):
 def tune(
     shapes: Iterable[LayerShape],
     device: torch.device,
-    operations: Sequence[Operation] = tuple(Operation),
+    operations: Sequence[Operation] = CALL_OPERATIONS,
     *,
     table: TableDtype = TableDtype.FLOAT32,
     trials: int = QUICK_TRIALS,

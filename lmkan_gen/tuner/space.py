@@ -72,7 +72,7 @@ def explore(problem: Problem) -> Space:
     """Enumerate and prune. A point is counted once, under the first limit it breaks."""
     feasible: list[Candidate] = []
     rejected: Counter[str] = Counter()
-    for f in families(problem.device.kind, problem.operation):
+    for f in families(problem.device.kind, problem.operation, problem.table):
         for parameters in f.candidates(problem):
             if violations := f.violations(problem, parameters):
                 rejected[violations[0].limit] += 1
