@@ -25,7 +25,7 @@ from lmkan_gen import device as devices
 from lmkan_gen import dispatch
 from lmkan_gen.cli.options import parse_shape
 from lmkan_gen.families import Demand
-from lmkan_gen.problem import LayerShape, Operation
+from lmkan_gen.problem import LayerShape, Operation, TableDtype
 from lmkan_gen.tuner.bench import rotated_buffers
 from lmkan_gen.tuner.measure import Timing, copies_past_cache, measure
 from lmkan_gen.tuner.report import duration
@@ -51,15 +51,37 @@ PUBLISHED = {
     LayerShape(4096, 4096, 4, 64): (1.066, 4.750),
 }
 PUBLISHED_ON = "NVIDIA H200"
-#: its shared memory, conflict-free, as measured; a float32 evaluation reads four values
+#: its shared memory, conflict-free, as measured
 SHARED_BYTES_PER_US = 32.6e6
-EVALUATION_BYTES = 16
+#: what a function evaluation reads of it: four corners, in int8 a word that holds them
+EVALUATION_BYTES = {
+    TableDtype.FLOAT32: 16,
+    TableDtype.FLOAT16: 8,
+    TableDtype.BFLOAT16: 8,
+    TableDtype.INT8: 4,
+}
 
-OPERATIONS = {"forward": Operation.FORWARD, "backward": Operation.BACKWARD}
+
+@dataclass(frozen=True)
+class Work:
+    """One measured operation of a layer; ``everywhere``: on CPUs too, which have no narrow tables."""
+
+    heading: str
+    operation: Operation
+    table: TableDtype = TableDtype.FLOAT32
+    everywhere: bool = True
+
+
+OPERATIONS = {
+    "forward": Work("lmKAN\nforward", Operation.FORWARD),
+    "forward_float16": Work("forward\nfloat16", Operation.FORWARD, TableDtype.FLOAT16, everywhere=False),
+    "forward_int8": Work("forward\nint8", Operation.FORWARD, TableDtype.INT8, everywhere=False),
+    "grad_input": Work("grad\ninput", Operation.GRAD_INPUT),
+    "backward": Work("lmKAN\nbackward", Operation.BACKWARD),
+}
+PUBLISHED_OPERATIONS = ("forward", "backward")
 LINEARS = {"linear_float32": torch.float32, "linear_tf32": torch.float32, "linear_bfloat16": torch.bfloat16}
-HEADINGS = {
-    "forward": "lmKAN\nforward",
-    "backward": "lmKAN\nbackward",
+HEADINGS = {name: work.heading for name, work in OPERATIONS.items()} | {
     "linear_float32": "Linear\nfloat32",
     "linear_tf32": "Linear\nTF32",
     "linear_bfloat16": "Linear\nbfloat16",
@@ -68,30 +90,30 @@ HEADINGS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One layer call: timings by the names in `OPERATIONS` and `LINEARS`, and what ran."""
+    """One layer call: timings by the names in `OPERATIONS` and `LINEARS`, and what ran for each."""
 
     shape: LayerShape
     device: devices.Device
     timings: Mapping[str, Timing]
-    used: tuple[dispatch.Used, ...]
+    used: Mapping[str, tuple[dispatch.Used, ...]]
 
     def published_us(self, operation: str) -> float | None:
         """What the published implementation takes; None where that was not measured."""
         if self.device.name != PUBLISHED_ON or self.shape not in PUBLISHED:
             return None
-        return 1e3 * PUBLISHED[self.shape][list(OPERATIONS).index(operation)]
+        return 1e3 * PUBLISHED[self.shape][PUBLISHED_OPERATIONS.index(operation)]
 
     def speedup(self, operation: str) -> float | None:
         """Over the published implementation."""
         published = self.published_us(operation)
         return None if published is None else published / self.timings[operation].median
 
-    def of_ceiling(self) -> float | None:
-        """The part of shared memory's bandwidth that forward would need for reading four values at a time."""
-        if self.device.name != PUBLISHED_ON:
+    def of_ceiling(self, name: str) -> float | None:
+        """The part of shared memory's bandwidth that a forward needs for its table reads alone."""
+        if self.device.name != PUBLISHED_ON or name not in self.timings:
             return None
-        floor = EVALUATION_BYTES * self.shape.evaluations / SHARED_BYTES_PER_US
-        return floor / self.timings["forward"].median
+        floor = EVALUATION_BYTES[OPERATIONS[name].table] * self.shape.evaluations / SHARED_BYTES_PER_US
+        return floor / self.timings[name].median
 
     def record(self) -> dict[str, str | int | float | None]:
         """All numbers, the same columns on every device."""
@@ -107,13 +129,15 @@ class Row:
             timing = self.timings.get(name)
             values[f"{name}_us"] = timing.median if timing else None
             values[f"{name}_iqr_us"] = timing.iqr if timing else None
-        for name in OPERATIONS:
-            used = [u for u in self.used if (u.operation is Operation.FORWARD) == (name == "forward")]
+        for name, work in OPERATIONS.items():
+            used = self.used.get(name, ())
             values[f"{name}_family"] = " + ".join(u.kernel or "reference" for u in used)
             values[f"{name}_parameters"] = " + ".join(_settings(u) for u in used)
-            values[f"{name}_published_us"] = self.published_us(name)
-            values[f"{name}_speedup"] = self.speedup(name)
-        values["forward_of_ceiling"] = self.of_ceiling()
+            if name in PUBLISHED_OPERATIONS:
+                values[f"{name}_published_us"] = self.published_us(name)
+                values[f"{name}_speedup"] = self.speedup(name)
+            if work.operation is Operation.FORWARD:
+                values[f"{name}_of_ceiling"] = self.of_ceiling(name)
         return values
 
 
@@ -125,18 +149,24 @@ def _settings(used: dispatch.Used) -> str:
 
 def time_row(shape: LayerShape, device: torch.device) -> Row:
     """Time everything for one shape."""
-    timings = {name: time_lmkan(operation, shape, device) for name, operation in OPERATIONS.items()}
+    timings, used = {}, {}
+    for name, work in OPERATIONS.items():
+        if work.everywhere or device.type == "cuda":
+            before = len(dispatch.used())
+            timings[name] = time_lmkan(work.operation, shape, device, work.table)
+            used[name] = tuple(dispatch.used()[before:])
     for name in LINEARS:
         if name != "linear_tf32" or device.type == "cuda":
             timings[name] = time_linear(name, shape, device)
-    used = tuple(u for u in dispatch.used() if u.shape == shape)
     return Row(shape, devices.of(device), timings, used)
 
 
-def time_lmkan(operation: Operation, shape: LayerShape, device: torch.device) -> Timing:
-    """One operation, by the kernel that a layer would get."""
-    execute = partial(dispatch.execute, operation, shape, device, Demand())
-    rotated = rotated_buffers(operation, shape, device)
+def time_lmkan(
+    operation: Operation, shape: LayerShape, device: torch.device, table: TableDtype = TableDtype.FLOAT32
+) -> Timing:
+    """One operation, by the kernel that a layer would get; narrow tables are packed beforehand."""
+    rotated = rotated_buffers(operation, shape, device, table)
+    execute = partial(dispatch.execute, operation, shape, device, Demand(), table=table)
     return measure([partial(execute, buffers) for buffers in rotated], device)
 
 
@@ -174,14 +204,16 @@ def print_times(rows: list[Row]) -> None:
     if name != PUBLISHED_ON:
         return
     table = _table("published implementation, our speedup over it, and what bounds forward", lines=False)
-    for heading in ("forward", "speedup", "backward", "speedup", "forward of ceiling"):
+    forwards = [name for name, work in OPERATIONS.items() if work.operation is Operation.FORWARD]
+    ceilings = [f"{name.replace('_', ' ')} of ceiling" for name in forwards]
+    for heading in ("forward", "speedup", "backward", "speedup", *ceilings):
         table.add_column(heading, justify="right")
     for row in rows:
         cells = []
-        for operation in OPERATIONS:
+        for operation in PUBLISHED_OPERATIONS:
             speedup = row.speedup(operation)
             cells += [duration(row.published_us(operation)), "-" if speedup is None else f"{speedup:.2f}x"]
-        table.add_row(str(row.shape), *cells, f"{row.of_ceiling():.0%}")
+        table.add_row(str(row.shape), *cells, *(f"{row.of_ceiling(name):.0%}" for name in forwards))
     Console().print(table)
 
 
@@ -189,11 +221,12 @@ def print_ratios(rows: list[Row]) -> None:
     """Times in units of a linear layer's forward, with both spreads: a CPU's own times tell little."""
     table = _table(f"{rows[0].device.name}: median time per call, lmKAN / Linear's forward", lines=False)
     linears = [name for name in LINEARS if name in rows[0].timings]
-    for operation in OPERATIONS:
+    operations = [name for name in OPERATIONS if name in rows[0].timings]
+    for operation in operations:
         for linear in linears:
             table.add_column(f"{operation} /\n{HEADINGS[linear]}", justify="right")
     for row in rows:
-        cells = [_ratio(row.timings[n], row.timings[linear]) for n in OPERATIONS for linear in linears]
+        cells = [_ratio(row.timings[n], row.timings[linear]) for n in operations for linear in linears]
         table.add_row(str(row.shape), *cells)
     Console().print(table)
 

@@ -18,7 +18,7 @@ from tests import truth
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"inputs": "8", "outputs": "6", "grids": "5", "batch": "64"}
-MEASURED = ("forward", "backward", "linear_float32", "linear_bfloat16")
+MEASURED = ("forward", "grad_input", "backward", "linear_float32", "linear_bfloat16")
 #: measured, or known, on GPUs only
 EMPTY = (
     "linear_tf32_us",
@@ -28,6 +28,11 @@ EMPTY = (
     "backward_published_us",
     "backward_speedup",
     "forward_of_ceiling",
+    *(
+        f"forward_{table}_{what}"
+        for table in ("float16", "int8")
+        for what in ("us", "iqr_us", "family", "parameters", "of_ceiling")
+    ),
 )
 
 
@@ -61,9 +66,10 @@ def test_layers_on_a_cpu(tmp_path: Path) -> None:
     (row,) = rows_of("layers", tmp_path)
     for name in MEASURED:
         pop_time(row, name)
-    assert row.pop("forward_family") == "row_vector"
+    for name in ("forward", "grad_input"):
+        assert row.pop(f"{name}_family") == "row_vector"
+        assert "batch_tile=" in row.pop(f"{name}_parameters")
     assert row.pop("backward_family") == "row_vector + row_vector"
-    assert "batch_tile=" in row.pop("forward_parameters")
     assert row.pop("backward_parameters").count("batch_tile=") == 2
     assert row == dict.fromkeys(EMPTY, "")
 

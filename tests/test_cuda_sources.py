@@ -92,7 +92,7 @@ def select(arch: str) -> Selected:
     for operation, table in product(Operation, TableDtype):
         for family in families("cuda", operation, table):
             random = Random(f"{arch} {operation} {table} {family.name}")
-            for shape in SHAPES:
+            for shape in SHAPES if table is TableDtype.FLOAT32 else SHAPES[::3]:
                 problem = Problem(operation, shape, target(arch), table, constant=True)
                 if (parameters := family.default(problem)) is not None:
                     defaults.add(family.spec(problem, parameters))

@@ -21,6 +21,7 @@ _NARROW = {
 }
 _WARP = 32
 _LEAST_REGISTERS = 64  # what launch bounds leave each thread, at least
+_SPARE_REGISTERS = 16  # by which what was never compiled has to stay below its limit
 _REGISTERS = 65536
 #: measured on an H200, in bytes per microsecond; only their ratios matter
 _ADD_RATE, _CACHED_ADD_RATE = 1.3e6, 3.3e6  # read and write count once
@@ -153,7 +154,8 @@ class TileStationary(Family):
         """The cheapest candidate of a small set by `estimate`."""
         best: tuple[float, dict[str, Constant]] | None = None
         for parameters in self._default_candidates(problem):
-            if self.violations(problem, parameters):
+            needed = self._registers(problem, parameters) + _SPARE_REGISTERS
+            if self.violations(problem, parameters) or needed > _REGISTERS // _integer(parameters, "threads"):
                 continue
             cost = self.estimate(problem, parameters)
             if best is None or cost < best[0]:
@@ -271,7 +273,7 @@ class TileStationary(Family):
         """What a lane keeps for the whole of its sample, with addresses and weights; checked by compiling."""
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
         base = 2 * (_integer(parameters, "ahead", absent=1) - 1) + (
-            40 if _coordinates(parameters) == "prepass" else 54
+            40 if _coordinates(parameters) == "prepass" else 60
         )
         if problem.operation is Operation.FORWARD:
             # half: weights again, and sums of two steps; int8: scales, and integer sums
@@ -346,9 +348,9 @@ class TileStationary(Family):
             pairs, units = _integer(parameters, "pairs"), -(-shape.batch // _WARP)
             jobs = -(-shape.pairs // pairs) * units
             # loads run ahead of their use: behind the last coordinates stand some that nobody uses
-            beyond = _integer(parameters, "threads")
-            workspaces.append(Workspace(source, 8 * pairs * (_WARP * jobs + beyond)))
-            blocks = min(-(-jobs // 8), 16 * problem.device.multiprocessors)
+            spare = _integer(parameters, "threads") // _WARP
+            workspaces.append(Workspace(source, 8 * pairs * _WARP * (jobs + spare)))
+            blocks = min(-(-(jobs + spare) // 8), 16 * problem.device.multiprocessors)
             marks = ("far",) if problem.table is TableDtype.INT8 else ()
             workspaces.extend(Workspace(name, shape.batch) for name in marks)
             steps.extend(Fill(name) for name in marks)

@@ -1,0 +1,126 @@
+"""Run kernels of every CUDA family on small shapes under NVIDIA's compute-sanitizer.
+
+    python -m benchmarks.sanitize                     all four tools
+    python -m benchmarks.sanitize --tool racecheck    one of them
+
+Each family, operation and table dtype runs with its default parameters and some random ones, on shapes
+with partial tiles and odd tails, and its results are compared with the definition. compute-sanitizer comes
+with the CUDA toolkit.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from random import Random
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lmkan_gen import device as devices
+from lmkan_gen import packing, toolchain
+from lmkan_gen.families import Family, Parameters, families
+from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Problem, TableDtype
+from lmkan_gen.tuner.verify import make_case
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+#: partial tiles in both directions; more samples than a unit of work; whole tiles
+SHAPES = (LayerShape(34, 33, 9, 65), LayerShape(22, 19, 12, 333), LayerShape(64, 64, 8, 1100))
+#: what torch itself does counts for no tool; the driver is asked for functions that it may not have
+_HARMLESS = "cuGetProcAddress"
+
+
+def jobs(random: int, seed: int) -> Iterator[tuple[Problem, Family, Parameters]]:
+    """What is to run: defaults, and ``random`` other candidates of each family on each problem."""
+    chip = devices.cuda(0)
+    for shape, operation, table in product(SHAPES, CALL_OPERATIONS, TableDtype):
+        problem = Problem(operation, shape, chip, table, constant=True)
+        for family in families("cuda", operation, table):
+            default = family.default(problem)
+            if default is not None:
+                yield problem, family, default
+            fitting = [c for c in family.candidates(problem) if not family.violations(problem, c)]
+            chosen = Random(f"{seed} {problem} {family.name}").sample(fitting, min(random, len(fitting)))
+            yield from ((problem, family, parameters) for parameters in chosen)
+
+
+def run(random: int, seed: int) -> int:
+    """Compile, run and check everything; returns how many kernels that were."""
+    from lmkan_gen.launch import cuda
+
+    todo = list(jobs(random, seed))
+    device = torch.device("cuda", 0)
+    toolchain.build([family.spec(problem, parameters) for problem, family, parameters in todo])
+    for problem, family, parameters in todo:
+        case = make_case(problem.operation, problem.shape, device, 1.0, 64, problem.table)
+        plan = family.plan(problem, parameters)
+        runner = cuda.prepare(family.spec(problem, parameters), plan, device)
+        forms = packing.arranged(case.inputs, plan.buffers, problem.table)
+        replace(case, inputs=forms).check(runner, f"{family.name} {parameters}")
+    torch.cuda.synchronize()
+    return len(todo)
+
+
+def findings(output: str) -> int:
+    """Errors that a tool reports about kernels: its own count, less those of the driver's interface."""
+    found = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", output)
+    if found is None:
+        raise RuntimeError(f"compute-sanitizer gave no summary:\n{output[-2000:]}")
+    return int(found[1] or found[2]) - len(
+        re.findall(rf"Program hit .* on CUDA API call to {_HARMLESS}", output)
+    )
+
+
+def main(
+    tool: Annotated[
+        list[str] | None, typer.Option(help=f"Some of {', '.join(TOOLS)}; by default all.")
+    ] = None,
+    random: Annotated[int, typer.Option(min=0, help="Random candidates per family and problem.")] = 1,
+    seed: Annotated[int, typer.Option(help="Draws other candidates.")] = 0,
+    inside: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Run kernels of every family under compute-sanitizer; exit code 1 when a tool finds something."""
+    tools = tool or list(TOOLS)
+    if unknown := sorted(set(tools) - set(TOOLS)):
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(TOOLS)}", param_hint="--tool")
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("torch sees no CUDA device")
+    count = run(random, seed)  # compiles everything, so that no tool watches compilers
+    if inside:
+        return
+    if shutil.which("compute-sanitizer") is None:
+        raise typer.BadParameter("compute-sanitizer is not on the path; it comes with the CUDA toolkit")
+    table = Table("tool", "kernels run", "findings", title=devices.cuda(0).name)
+    bad = False
+    for name in tools:
+        command = [
+            "compute-sanitizer",
+            "--tool",
+            name,
+            sys.executable,
+            "-m",
+            "benchmarks.sanitize",
+            "--inside",
+        ]
+        command += ["--random", str(random), "--seed", str(seed)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = findings(done.stdout + done.stderr)
+        bad |= found > 0
+        table.add_row(name, str(count), str(found))
+        if found:
+            Console(stderr=True).print(done.stdout[-4000:], markup=False, highlight=False)
+    Console().print(table)
+    if bad:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
