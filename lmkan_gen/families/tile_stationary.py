@@ -21,7 +21,7 @@ _NARROW = {
 }
 _WARP = 32
 _LEAST_REGISTERS = 64  # what launch bounds leave each thread, at least
-_SPARE_REGISTERS = 16  # by which what was never compiled has to stay below its limit
+_SPARE_REGISTERS = 24  # by which what was never compiled has to stay below its limit
 _REGISTERS = 65536
 #: measured on an H200, in bytes per microsecond; only their ratios matter
 _ADD_RATE, _CACHED_ADD_RATE = 1.3e6, 3.3e6  # read and write count once
@@ -154,8 +154,7 @@ class TileStationary(Family):
         """The cheapest candidate of a small set by `estimate`."""
         best: tuple[float, dict[str, Constant]] | None = None
         for parameters in self._default_candidates(problem):
-            needed = self._registers(problem, parameters) + _SPARE_REGISTERS
-            if self.violations(problem, parameters) or needed > _REGISTERS // _integer(parameters, "threads"):
+            if self.violations(problem, parameters) or self._may_spill(problem, parameters):
                 continue
             cost = self.estimate(problem, parameters)
             if best is None or cost < best[0]:
@@ -181,7 +180,7 @@ class TileStationary(Family):
                 "access": access,
             }
             for p in (2, 4, 8, 16)
-            for o in _OUTS
+            for o in (4, 8, 16, 32)
             for t in (256, 512, 768)
             for c in ("prepass", "inline")
             for ranges in ("even", "whole")
@@ -284,6 +283,14 @@ class TileStationary(Family):
         strides = 2 * min(outs & -outs, _WARP // pairs).bit_length()
         partial = problem.shape.pairs % pairs != 0 or problem.shape.outputs % outs != 0
         return base + 12 + strides + 6 * partial + 2 * outs + 2 * pairs
+
+    def _may_spill(self, problem: Problem, parameters: Parameters) -> bool:
+        """Whether registers are too few to be sure without compiling."""
+        pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
+        partial = problem.shape.pairs % pairs != 0 or problem.shape.outputs % outs != 0
+        needed = self._registers(problem, parameters) + _SPARE_REGISTERS
+        needed += 2 * min(outs & -outs, _WARP // pairs) + 12 * partial
+        return needed > min(255, _REGISTERS // _integer(parameters, "threads"))
 
     def _resident(self, problem: Problem, parameters: Parameters) -> int:
         """Blocks one multiprocessor holds: what launch bounds promise the compiler."""
