@@ -39,31 +39,51 @@ class Device:
         return int(self.arch.removeprefix("sm_")) if self.kind == "cuda" else 0
 
 
-#: a typical GPU of each supported architecture: CUDA C programming guide, technical specifications
-#: per compute capability; multiprocessors of the model named
-_TYPICAL = {
-    "sm_80": ("NVIDIA A100", 108, 163, 164),
-    "sm_86": ("NVIDIA GeForce RTX 3080", 68, 99, 100),
-    "sm_89": ("NVIDIA GeForce RTX 4090", 128, 99, 100),
-    "sm_90": ("NVIDIA H200", 132, 227, 228),
-    "sm_100": ("NVIDIA B200", 148, 227, 228),
-    "sm_120": ("NVIDIA GeForce RTX 5090", 170, 99, 100),
+#: Shared memory of a block and of a multiprocessor in KiB, then models as the driver names them with
+#: their multiprocessors, the typical one first. CUDA C programming guide, technical specifications per
+#: compute capability; multiprocessors from the vendor's data sheets.
+_MODELS: dict[str, tuple[int, int, dict[str, int]]] = {
+    "sm_75": (64, 64, {"Tesla T4": 40, "NVIDIA GeForce RTX 2080 Ti": 68}),
+    "sm_80": (163, 164, {"NVIDIA A100": 108, "NVIDIA A30": 56}),
+    "sm_86": (
+        99,
+        100,
+        {"NVIDIA GeForce RTX 3080": 68, "NVIDIA GeForce RTX 3090": 82, "NVIDIA A10": 72, "NVIDIA A40": 84},
+    ),
+    "sm_89": (99, 100, {"NVIDIA GeForce RTX 4090": 128, "NVIDIA L4": 58, "NVIDIA L40S": 142}),
+    "sm_90": (227, 228, {"NVIDIA H200": 132, "NVIDIA H100 80GB HBM3": 132, "NVIDIA H100 PCIe": 114}),
+    "sm_100": (227, 228, {"NVIDIA B200": 148}),
+    "sm_120": (99, 100, {"NVIDIA GeForce RTX 5090": 170, "NVIDIA GeForce RTX 5080": 84}),
 }
-CUDA_ARCHITECTURES = tuple(_TYPICAL)
+CUDA_ARCHITECTURES = tuple(_MODELS)
+
+
+def models(arch: str) -> tuple[Device, ...]:
+    """Well-known GPUs of an architecture (``sm_75`` ... ``sm_120``), the typical one first.
+
+    Raises:
+        ValueError: an architecture that no kernels are made for.
+    """
+    if arch not in _MODELS:
+        raise ValueError(f"unknown architecture {arch!r}; choose one of {', '.join(_MODELS)}")
+    per_block, per_multiprocessor, known = _MODELS[arch]
+    return tuple(
+        Device("cuda", name, arch, multiprocessors, per_block * KIB, per_multiprocessor * KIB)
+        for name, multiprocessors in known.items()
+    )
 
 
 def target(name: str) -> Device:
-    """A device by target name: ``cpu`` (this machine's) or ``sm_80`` ... ``sm_120`` (a typical GPU).
+    """A device by target name: ``cpu`` (this machine's) or ``sm_75`` ... ``sm_120`` (a typical GPU).
 
     Raises:
         ValueError: the name is none of these.
     """
     if name == "cpu":
         return cpu()
-    if name not in _TYPICAL:
-        raise ValueError(f"unknown target {name!r}; choose cpu or one of {', '.join(_TYPICAL)}")
-    model, multiprocessors, per_block, per_multiprocessor = _TYPICAL[name]
-    return Device("cuda", model, name, multiprocessors, per_block * KIB, per_multiprocessor * KIB)
+    if name not in _MODELS:
+        raise ValueError(f"unknown target {name!r}; choose cpu or one of {', '.join(_MODELS)}")
+    return models(name)[0]
 
 
 @cache

@@ -52,7 +52,7 @@ def inspect_command(
 
     problem = Problem(Operation(operation), parse_shape(shape), parse_target(target), TableDtype(table))
     if what in ("ptx", "sass", "resources") and problem.device.kind == "cpu":
-        raise typer.BadParameter(f"{what} exists for sm_80 ... sm_120 only", param_hint="--what")
+        raise typer.BadParameter(f"{what} exists for sm_75 ... sm_120 only", param_hint="--what")
     choices = select_backward(problem) if problem.operation is Operation.BACKWARD else (select(problem),)
     if what == "choice":
         for choice in choices:

@@ -11,7 +11,7 @@ from lmkan_gen.cli.options import parse_cuda_device, parse_target
 
 def limits_command(
     target: Annotated[
-        str | None, typer.Option(metavar="TARGET", help="A typical GPU of an architecture: sm_80 ... sm_120.")
+        str | None, typer.Option(metavar="TARGET", help="A typical GPU of an architecture: sm_75 ... sm_120.")
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="cuda[:N]", help="A GPU of this machine, instead of --target.")
@@ -42,7 +42,7 @@ def limits_command(
         chip = parse_target(target)
     if chip.kind == "cpu":
         raise typer.BadParameter(
-            "cpu kernels have no limit on num_grids; choose sm_80 ... sm_120", param_hint="--target"
+            "cpu kernels have no limit on num_grids; choose sm_75 ... sm_120", param_hint="--target"
         )
     table = Table(title=f"{chip.name} ({chip.arch}, {chip.shared_memory_per_block // 1024} KiB per block)")
     for heading in ("operation", "family", "tile", "variant"):

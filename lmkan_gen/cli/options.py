@@ -17,7 +17,7 @@ TableOption = Annotated[
     typer.Option(help="Element type of the tables; the narrow ones are for CUDA."),
 ]
 TargetOption = Annotated[
-    str, typer.Option("--target", metavar="TARGET", help="cpu (this machine's) or sm_80 ... sm_120.")
+    str, typer.Option("--target", metavar="TARGET", help="cpu (this machine's) or sm_75 ... sm_120.")
 ]
 ShapeOption = Annotated[
     str, typer.Option("--shape", metavar="IN,OUT,GRIDS,BATCH", help="Sizes of the layer call.")

@@ -340,6 +340,8 @@ class TileStationary(Family):
             "access": str(parameters.get("access", "rotated")),
             "table": str(problem.table),
             "scale_pairs": SCALE_PAIRS,
+            # Turing has no copies past the registers
+            "asynchronous": int(problem.device.compute_capability >= 80),
         }
         return KernelSpec.make("tile_stationary.cu.j2", problem.device.arch, constants)
 
