@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import platformdirs
 from lmkan_gen.device import Device
 from lmkan_gen.problem import LayerShape, Problem
 from lmkan_gen.resources import resource_directory
+from lmkan_gen.toolchain.bundle import tuning_files
 from lmkan_gen.tuning_file import DeviceRecord, Entry, TuningFile, TuningFileError, load
 
 TUNING_VARIABLE = "LMKAN_GEN_TUNING"
@@ -24,7 +26,7 @@ _WEIGHTS = {"inputs": 1.0, "outputs": 1.0, "grids": 1.5, "batch": 0.5}
 
 @dataclass(frozen=True)
 class Source:
-    """A tuning file and how it was found: ``environment``, ``user`` or ``packaged``."""
+    """A tuning file and how it was found: ``environment``, ``user``, ``bundle`` or ``packaged``."""
 
     origin: str
     path: Path
@@ -38,13 +40,15 @@ def user_tuning_directory() -> Path:
 def sources() -> list[Source]:
     """All tuning files in the order of precedence.
 
-    ``$LMKAN_GEN_TUNING`` (a file or a directory) comes first, then the user's directory, then the
-    packaged files.
+    ``$LMKAN_GEN_TUNING`` (a file or a directory) comes first, then the user's directory, then those of
+    loaded bundles, then the packaged files.
     """
     found = []
     if value := os.environ.get(TUNING_VARIABLE):
         found += [Source("environment", p) for p in _yaml_files(Path(value))]
-    found += [Source("user", p) for p in _yaml_files(user_tuning_directory())]
+    with suppress(RuntimeError):  # there is no home directory
+        found += [Source("user", p) for p in _yaml_files(user_tuning_directory())]
+    found += [Source("bundle", p) for p in tuning_files()]
     found += [Source("packaged", p) for p in _yaml_files(resource_directory("tuning"))]
     return found
 

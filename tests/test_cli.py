@@ -24,6 +24,7 @@ from lmkan_gen.toolchain import host, nvcc, store
 SHAPE = "64,48,8,1000"
 VERBS = [
     ["tune"],
+    ["build"],
     ["inspect"],
     ["limits"],
     ["doctor"],
@@ -33,6 +34,8 @@ VERBS = [
     ["cache", "path"],
     ["cache", "list"],
     ["cache", "clear"],
+    ["cache", "verify"],
+    ["cache", "load"],
 ]
 
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Iterator
 from multiprocessing.pool import Pool
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from jinja2 import DictLoader, Environment, StrictUndefined
 
 from lmkan_gen import codegen, toolchain
@@ -71,7 +80,14 @@ def test_cold_then_warm(fresh_store: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert runs == [1]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "garbage", "no description", "no binary", "empty directory"])
+DAMAGES = [
+    "truncate", "garbage", "no description", "no binary", "empty directory", "another's", "open to others",
+    "list",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.filterwarnings("ignore:.*compiled code is executed")
 def test_damaged_entry_is_rebuilt(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     good = toolchain.binary(spec())
     content = good.path.read_bytes()
@@ -88,11 +104,22 @@ def test_damaged_entry_is_rebuilt(damage: str, monkeypatch: pytest.MonkeyPatch) 
         case "empty directory":
             for file in good.path.parent.iterdir():
                 file.unlink()
+        case "another's":  # such as one for another architecture, copied here
+            other = toolchain.binary(spec(2))
+            for file in good.path.parent.iterdir():
+                file.write_bytes((other.path.parent / file.name).read_bytes())
+        case "open to others":
+            good.path.chmod(0o666)
+        case "list":
+            description.write_text("[]")
+    (found,) = store.verify()
+    assert found.directory == good.path.parent
     forget()
     runs = count_compilations(monkeypatch)
     again = toolchain.binary(spec())
     assert runs == [1]
     assert again.path == good.path
+    assert store.verify() == []
     assert store.load(again.key, toolchain.compiler(spec())) == again
 
 
@@ -105,10 +132,10 @@ def _race(_: int) -> tuple[toolchain.Binary, int]:
         return toolchain.binary(spec()), sum(runs)
 
 
-def test_eight_processes_agree_and_build_once(fresh_store: Path) -> None:
+def test_sixteen_processes_agree_and_build_once(fresh_store: Path) -> None:
     pool: Pool
-    with multiprocessing.get_context("fork").Pool(8) as pool:
-        results = pool.map(_race, range(8), chunksize=1)
+    with multiprocessing.get_context("fork").Pool(16) as pool:
+        results = pool.map(_race, range(16), chunksize=1)
     assert len({binary for binary, _ in results}) == 1
     assert sum(compilations for _, compilations in results) == 1
     assert results[0][0].path.is_file()
@@ -218,3 +245,201 @@ def test_interrupted_build_leaves_nothing(fresh_store: Path) -> None:
         toolchain.build([spec(1), spec(2), spec(3)], interrupt)
     # the one that was finished may stay; nothing else
     assert len(store.entries()) == len(list((fresh_store / "entries").iterdir())) <= 1
+
+
+def test_changed_source_is_found_by_verify(fresh_store: Path) -> None:
+    binary = toolchain.binary(spec())
+    assert store.verify() == []
+    binary.source.write_text("something else")
+    (found,) = store.verify()
+    assert "changed" in found.why
+
+
+# --- whose it is, and where there is no room ------------------------------------------------------
+
+
+def test_what_another_user_owns_is_not_executed(fresh_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    binary = toolchain.binary(spec())
+    compiler = toolchain.compiler(spec())
+    root = store.root()
+    monkeypatch.setattr(store, "root", lambda: root)
+    mine = os.getuid()
+    monkeypatch.setattr("os.getuid", lambda: mine + 1)
+    with pytest.warns(UserWarning, match="belongs to another user"):
+        assert store.load(binary.key, compiler) is None
+    assert "another user" in store.verify()[0].why
+
+
+@pytest.mark.parametrize("place", ["", "entries"])
+def test_root_of_another_user_is_not_used(
+    fresh_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (fresh_store / place).mkdir(parents=True)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    real = Path.stat
+
+    def stat_of(path: Path, **arguments: bool) -> os.stat_result:
+        status = real(path, **arguments)
+        if path != fresh_store / place:
+            return status
+        fields = list(status)
+        fields[4] += 1  # the owner
+        return os.stat_result(fields)
+
+    monkeypatch.setattr(Path, "stat", stat_of)
+    with pytest.warns(UserWarning, match="belongs to another user"):
+        assert store.root().is_relative_to(temporary)
+
+
+def test_root_open_to_others_is_closed(fresh_store: Path) -> None:
+    fresh_store.mkdir()
+    fresh_store.chmod(0o777)
+    assert store.root() == fresh_store
+    assert fresh_store.stat().st_mode & 0o777 == 0o755
+
+
+def test_entries_are_private_whatever_the_umask(fresh_store: Path) -> None:
+    before = os.umask(0)
+    try:
+        binary = toolchain.binary(spec())
+    finally:
+        os.umask(before)
+    modes = {p.stat().st_mode & 0o777 for p in (binary.path.parent, *binary.path.parent.iterdir())}
+    assert modes == {0o700, 0o600}
+    assert (fresh_store / "entries").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("when", ["description", "compiling", "probe"])
+def test_full_disk(fresh_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Wherever it shows first: one warning, and the kernel comes from the temporary directory."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if when == "description":
+        write = Path.write_text
+
+        def write_text(path: Path, text: str) -> int:
+            if path.name == "entry.json" and path.is_relative_to(fresh_store):
+                raise full
+            return write(path, text)
+
+        monkeypatch.setattr(Path, "write_text", write_text)
+    elif when == "compiling":  # the compiler fails, and there is no room
+        real = shutil.disk_usage
+        monkeypatch.setattr(
+            "shutil.disk_usage",
+            lambda p: real(p)._replace(free=0) if Path(p).is_relative_to(fresh_store) else real(p),
+        )
+        run = ninja_file.run
+
+        def without_room(compilers, staging, finished):  # type: ignore[no-untyped-def]
+            if staging.is_relative_to(fresh_store):
+                (staging / "0" / "kernel.cpp").write_text("#error no space left")
+            return run(compilers, staging, finished)
+
+        monkeypatch.setattr(ninja_file, "run", without_room)
+    else:
+        writable = store._writable
+
+        def probe(path: Path) -> Path:
+            if path == fresh_store:
+                raise full
+            return writable(path)
+
+        monkeypatch.setattr(store, "_writable", probe)
+    with pytest.warns(UserWarning, match=r"No space left on device.*LMKAN_GEN_CACHE") as caught:
+        binary = toolchain.binary(spec())
+    assert len(caught) == 1
+    assert binary.path.is_relative_to(temporary)
+    assert binary.path.is_file()
+
+
+def test_no_room_anywhere_is_one_error(fresh_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store, "publish", full)
+    with (
+        pytest.warns(UserWarning, match="No space left"),
+        pytest.raises(toolchain.ToolchainError, match=r"kernel store .* cannot be used: .*No space left"),
+    ):
+        toolchain.binary(spec())
+
+
+def test_no_home_directory(tmp_path: Path) -> None:
+    """A user that the system does not know, as in many containers."""
+    code = (
+        "import pwd\n"
+        "def nobody(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = nobody\n"
+        "import warnings; warnings.simplefilter('always')\n"
+        "from lmkan_gen.toolchain import store\n"
+        "print(store.root())\n"
+        "from lmkan_gen import selection; selection.sources()"
+    )
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("HOME", store.OVERRIDE) and "XDG" not in k
+    }
+    environment["TMPDIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+    assert f"Set {store.OVERRIDE}" in done.stderr
+    assert not (tmp_path / "~").exists()
+
+
+# --- killed and hanging builds --------------------------------------------------------------------
+
+
+def compiler_that(waits: str, directory: Path) -> Path:
+    """A C++ compiler that runs ``waits`` before it compiles."""
+    path = directory / "slow-c++"
+    real = shlex.join(toolchain.compiler(spec()).executable)
+    path.write_text(f'#!/bin/sh\ncase "$*" in *partial*) {waits} ;; esac\nexec {real} "$@"\n')
+    path.chmod(0o700)
+    return path
+
+
+def test_killed_build_leaves_nothing_in_the_way(fresh_store: Path, tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    slow = compiler_that(f"touch {started}; sleep 30", tmp_path)
+    code = "from tests.test_store import *; use_tiny_templates(); toolchain.binary(spec())"
+    environment = {**os.environ, "CXX": str(slow)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not started.exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list((fresh_store / "entries").glob("*"))
+    assert list((fresh_store / "staging").iterdir()), "it was killed in the middle"
+    for lock in (fresh_store / "locks").iterdir():
+        with FileLock(lock, timeout=0):  # no lock outlives its owner
+            pass
+    assert toolchain.binary(spec()).path.is_file()
+    for left in (fresh_store / "staging").iterdir():  # swept after a day
+        shutil.rmtree(left)
+
+
+def test_hanging_compiler_costs_what_hangs(
+    fresh_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = compiler_that("grep -q 'return 13' kernel.cpp && sleep 60", tmp_path)
+    monkeypatch.setenv("CXX", str(slow))
+    monkeypatch.setattr(ninja_file, "STALLED_S", 3.0)
+    monkeypatch.setattr(ninja_file, "usable_cores", lambda: 1)
+    hanging, fine = toolchain.build([spec(13), spec(1)])
+    assert isinstance(hanging, toolchain.ToolchainError)
+    assert "did not compile within 3 s" in str(hanging)
+    assert "slow-c++" in str(hanging)
+    assert isinstance(fine, toolchain.Binary)

@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+from lmkan_gen.cli.build import build_command
 from lmkan_gen.cli.cache import cache_app
 from lmkan_gen.cli.configs import configs_app
 from lmkan_gen.cli.doctor import doctor_command
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("tune", no_args_is_help=True)(tune_command)
+app.command("build", no_args_is_help=True)(build_command)
 app.command("inspect", no_args_is_help=True)(inspect_command)
 app.command("limits", no_args_is_help=True)(limits_command)
 app.add_typer(configs_app, name="configs")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 cache_app = typer.Typer(
@@ -58,7 +61,7 @@ def list_command() -> None:
 
 @cache_app.command("clear")
 def clear_command() -> None:
-    """Remove all compiled kernels and the sources kept of failed compilations.
+    """Remove all compiled kernels, loaded bundles and the sources kept of failed compilations.
 
     \b
     Example:
@@ -67,3 +70,42 @@ def clear_command() -> None:
     from lmkan_gen.toolchain import store
 
     typer.echo(f"removed {store.clear()} compiled kernels from {store.root()}")
+
+
+@cache_app.command("verify")
+def verify_command() -> None:
+    """Check that every kernel is what was compiled under its name; exit code 1 when one is not.
+
+    A damaged kernel is never used: it is compiled again when it is next needed.
+
+    \b
+    Example:
+      lmkan-gen cache verify
+    """
+    from lmkan_gen.toolchain import store
+
+    damaged = store.verify()
+    for found in damaged:
+        typer.echo(f"{found.directory}: {found.why}", err=True)
+    checked = len(list((store.root() / "entries").glob("*")))
+    typer.echo(f"{checked - len(damaged)} of {checked} kernels in {store.root()} are whole")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@cache_app.command("load", no_args_is_help=True)
+def load_command(
+    bundle: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A file of `build --bundle`.")],
+) -> None:
+    """Add the kernels of a bundle, so that layers run them without a compiler.
+
+    Its code will be executed: load only what you would install.
+
+    \b
+    Example:
+      lmkan-gen cache load kernels.zip
+    """
+    from lmkan_gen.toolchain import bundle as bundles
+    from lmkan_gen.toolchain import store
+
+    typer.echo(f"{bundles.load(bundle)} kernels loaded into {store.root()}")

@@ -5,8 +5,10 @@ Compilers are looked for when first needed, never on import.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from pathlib import Path
 
 from lmkan_gen import codegen
 from lmkan_gen.plan import KernelSpec
-from lmkan_gen.toolchain import host, ninja_file, nvcc, nvrtc, store
+from lmkan_gen.toolchain import bundle, host, ninja_file, nvcc, nvrtc, store
 from lmkan_gen.toolchain.compiler import Compiler
 from lmkan_gen.toolchain.errors import CompileError, CompilerMissing, ToolchainError
 from lmkan_gen.toolchain.listing import KernelResources, ptx, resources, sass
@@ -35,7 +37,10 @@ __all__ = [
 ]
 
 Result = Binary | ToolchainError
+_Settle = Callable[[KernelSpec, Result], None]
 
+#: a compilation that fails on a disk with less left failed for that reason
+_FULL_BYTES = 1 << 20
 #: binaries this process has seen, per store
 _known: dict[tuple[Path, KernelSpec], Binary] = {}
 
@@ -72,27 +77,44 @@ def build(
             assert on_done is not None
             on_done(spec, result)
 
+    def waiting() -> list[KernelSpec]:
+        return [spec for spec in count if spec not in results]
+
+    try:
+        _build(waiting(), settle)
+    except OSError as error:
+        problem = error
+        if store.abandon(error):
+            try:
+                _build(waiting(), settle)
+            except OSError as again:
+                problem = again
+        for spec in waiting():
+            settle(spec, ToolchainError(f"the kernel store {store.root()} cannot be used: {problem}"))
+    return [results[spec] for spec in specs]
+
+
+def _build(specs: Sequence[KernelSpec], settle: _Settle) -> None:
+    """Settle all of ``specs``.
+
+    Raises:
+        OSError: the store fails; some of them are settled.
+    """
     pending: list[_Compilation] = []
-    for spec in count:
+    for spec in specs:
         known = _known.get((store.root(), spec))
         if known is not None and known.path.is_file():
             settle(spec, known)
             continue
+        source = codegen.render(spec)
         try:
-            pending.append(_Compilation.of(spec))
+            pending.append(_Compilation.of(spec, source, compiler(spec)))
         except ToolchainError as error:
-            settle(spec, error)
+            settle(spec, bundle.find(source, spec.arch, spec.is_cuda) or error)
     if pending := _load(pending, settle):
-        try:
-            with store.claim(c.key for c in pending):
-                # whoever held the locks before may have built them meanwhile
-                _compile(_load(pending, settle), settle)
-        except (CompilerMissing, OSError) as error:
-            problem = error if isinstance(error, CompilerMissing) else _store_failed(error)
-            for c in pending:
-                if c.spec not in results:
-                    settle(c.spec, problem)
-    return [results[spec] for spec in specs]
+        with store.claim(c.key for c in pending):
+            # whoever held the locks before may have built them meanwhile
+            _compile(_load(pending, settle), settle)
 
 
 def compiler(spec: KernelSpec) -> Compiler:
@@ -122,27 +144,20 @@ class _Compilation:
     key: str
 
     @classmethod
-    def of(cls, spec: KernelSpec) -> _Compilation:
-        source, chosen = codegen.render(spec), compiler(spec)
+    def of(cls, spec: KernelSpec, source: str, chosen: Compiler) -> _Compilation:
         return cls(spec, source, chosen, store.key(source, spec.arch, chosen))
 
 
-_Settle = Callable[[KernelSpec, Result], None]
-
-
 def _load(pending: Sequence[_Compilation], settle: _Settle) -> list[_Compilation]:
-    """Settle what the store has; returns the rest."""
+    """Settle what the store or a loaded bundle has; returns the rest."""
     missing = []
     for c in pending:
-        if (found := store.load(c.key, c.compiler)) is not None:
+        found = store.load(c.key, c.compiler) or bundle.find(c.source, c.spec.arch, c.spec.is_cuda)
+        if found is not None:
             settle(c.spec, found)
         else:
             missing.append(c)
     return missing
-
-
-def _store_failed(error: OSError) -> ToolchainError:
-    return ToolchainError(f"the kernel store {store.root()} cannot be used: {error}")
 
 
 def _compile(pending: Sequence[_Compilation], settle: _Settle) -> None:
@@ -152,21 +167,49 @@ def _compile(pending: Sequence[_Compilation], settle: _Settle) -> None:
         for i, c in enumerate(pending):
             (staging / str(i)).mkdir()
             (staging / str(i) / c.compiler.source).write_text(c.source)
-        waiting = set(range(len(pending)))
+        waiting = {i: c.compiler for i, c in enumerate(pending)}
 
         def finished(i: int) -> None:
             settle(pending[i].spec, _collect(pending[i], staging / str(i)))
-            waiting.remove(i)
+            del waiting[i]
 
-        said = ninja_file.run([c.compiler for c in pending], staging, finished)
+        while waiting:
+            try:
+                said = ninja_file.run(dict(waiting), staging, finished)
+            except CompilerMissing as error:
+                for i in waiting:
+                    settle(pending[i].spec, error)
+                return
+            hanging = [i for i in waiting if (staging / str(i) / ninja_file.LOG).exists()]
+            for i in hanging:
+                settle(pending[i].spec, _hung(pending[i], staging / str(i)))
+                del waiting[i]
+            if not hanging:
+                break
         for i in waiting:
             settle(pending[i].spec, ToolchainError(f"ninja did not get to compile it: {said.strip()}"))
+
+
+def _hung(c: _Compilation, staged: Path) -> ToolchainError:
+    kept = store.keep_failed(staged, c.key)
+    return ToolchainError(
+        f"{_what(c)} did not compile within {ninja_file.STALLED_S:g} s and was stopped\n"
+        f"repeat with: {_repeat(c, kept)}"
+    )
 
 
 def _collect(c: _Compilation, staged: Path) -> Result:
     if (staged / c.compiler.output).is_file():
         return store.publish(staged, c.key, c.spec, c.compiler)
+    if shutil.disk_usage(staged).free < _FULL_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(staged))
     kept = store.keep_failed(staged, c.key)
-    what = f"{c.spec.template} ({', '.join(f'{k}={v}' for k, v in c.spec.constants)}) for {c.spec.arch}"
-    command = shlex.join(c.compiler.command(c.compiler.output))
-    return CompileError(what, kept / c.compiler.source, kept / ninja_file.LOG, command)
+    return CompileError(_what(c), kept / c.compiler.source, kept / ninja_file.LOG, _repeat(c, kept))
+
+
+def _what(c: _Compilation) -> str:
+    return f"{c.spec.template} ({', '.join(f'{k}={v}' for k, v in c.spec.constants)}) for {c.spec.arch}"
+
+
+def _repeat(c: _Compilation, kept: Path) -> str:
+    return f"cd {shlex.quote(str(kept))} && {shlex.join(c.compiler.command(c.compiler.output))}"

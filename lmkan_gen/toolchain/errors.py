@@ -36,7 +36,7 @@ class CompileError(ToolchainError):
         parts = [f"{what} did not compile: {first.strip()}"]
         if position := _POSITION.search(first):
             parts.append(_excerpt(source, int(position.group(1))))
-        parts += [f"repeat with: cd {source.parent} && {command}", f"whole log: {log}"]
+        parts += [f"repeat with: {command}", f"whole log: {log}"]
         super().__init__("\n".join(parts))
 
 

@@ -7,11 +7,11 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Timer
 
-import psutil
-
+from lmkan_gen.machine import available_memory, usable_cores
 from lmkan_gen.toolchain.compiler import Compiler
 from lmkan_gen.toolchain.errors import CompilerMissing
 
@@ -19,6 +19,8 @@ LOG = "build.log"
 
 #: what one nvcc with its cicc and ptxas may need
 _BYTES_PER_JOB = 1 << 30
+#: seconds without any compilation coming to its end, after which those that run count as hanging
+STALLED_S = 600.0
 _FINISHED = re.compile(r"(?:\[\d+/\d+\] )?finished (\d+)")  # the status may be put back by a debugger
 _RULE = """\
 rule compile
@@ -28,12 +30,14 @@ rule compile
 _PARTIAL = "partial"
 
 
-def run(compilers: Sequence[Compiler], staging: Path, finished: Callable[[int], None]) -> str:
+def run(compilers: Mapping[int, Compiler], staging: Path, finished: Callable[[int], None]) -> str:
     """Run ``compilers[i]`` on the source in directory ``str(i)``, a bad one without stopping the others.
 
     Output files exist afterwards for exactly the jobs that succeeded; each job's compiler output is
-    in its `LOG`. ``finished(i)`` is called as job ``i`` ends, well or not. On any exception (Ctrl-C
-    among them) all compilers are stopped before it goes on. Returns what else ninja said.
+    in its `LOG`, which exists as soon as the job was started. ``finished(i)`` is called as job ``i``
+    ends, well or not; not for jobs that were stopped because nothing had ended for `STALLED_S`, nor for
+    those that were still waiting then. On any exception (Ctrl-C among them) all compilers are stopped
+    before it goes on. Compilers see no GPU. Returns what else ninja said.
 
     Raises:
         CompilerMissing: no ninja.
@@ -41,7 +45,7 @@ def run(compilers: Sequence[Compiler], staging: Path, finished: Callable[[int], 
     (staging / "build.ninja").write_text(_build_file(compilers))
     command = [executable(), "-k", "0", "-j", str(_parallel(len(compilers)))]
     # an empty status: each line of output is then a description
-    environment = {**os.environ, "NINJA_STATUS": ""}
+    environment = {**os.environ, "NINJA_STATUS": "", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(
         command,
         cwd=staging,
@@ -54,21 +58,34 @@ def run(compilers: Sequence[Compiler], staging: Path, finished: Callable[[int], 
     ) as process:
         assert process.stdout is not None
         said = []
+        watch = _watch(process)
         try:
             for line in process.stdout:
                 if match := _FINISHED.fullmatch(line.strip()):
+                    watch.cancel()
                     finished(int(match.group(1)))
+                    watch = _watch(process)
                 else:
                     said.append(line)
         except BaseException:
             process.terminate()
             raise
+        finally:
+            watch.cancel()
     return "".join(said)
 
 
-def _build_file(compilers: Sequence[Compiler]) -> str:
+def _watch(process: subprocess.Popen[str]) -> Timer:
+    """Stop ninja, which stops its compilers, unless cancelled in time."""
+    watch = Timer(STALLED_S, process.terminate)
+    watch.daemon = True
+    watch.start()
+    return watch
+
+
+def _build_file(compilers: Mapping[int, Compiler]) -> str:
     parts = [_RULE.format(log=LOG, partial=_PARTIAL)]
-    for i, compiler in enumerate(compilers):
+    for i, compiler in compilers.items():
         command = shlex.join(compiler.command(_PARTIAL)).replace("$", "$$")
         parts.append(
             f"build {i}/{compiler.output}: compile {i}/{compiler.source}\n"
@@ -97,6 +114,4 @@ def executable() -> str:
 
 
 def _parallel(jobs: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = psutil.virtual_memory().available // _BYTES_PER_JOB
-    return int(max(1, min(jobs, cores, memory)))
+    return max(1, min(jobs, usable_cores(), available_memory() // _BYTES_PER_JOB))

@@ -1,0 +1,38 @@
+"""Kernels ahead of time: what layers of some shapes would run on some devices, found without running."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lmkan_gen.device import Device
+from lmkan_gen.families import family
+from lmkan_gen.plan import KernelSpec
+from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.selection import Choice, select, select_backward
+
+
+def kernels(
+    shapes: Iterable[LayerShape], devices: Iterable[Device], *, backward: bool = True
+) -> list[KernelSpec]:
+    """The kernels that layers without demands need, each once.
+
+    Args:
+        shapes: of the layer calls. Kernels do not depend on the batch, but the choice of a kernel does.
+        devices: where layers will run; choices differ between models of one architecture.
+        backward: also those for gradients: of both together, and of each alone.
+    """
+    found: dict[KernelSpec, None] = {}
+    for device in devices:
+        for shape in shapes:
+            for choice in _choices(shape, device, backward):
+                if choice.family is not None:
+                    found[family(choice.family).spec(choice.problem, choice.parameters)] = None
+    return list(found)
+
+
+def _choices(shape: LayerShape, device: Device, backward: bool) -> list[Choice]:
+    chosen = [select(Problem(Operation.FORWARD, shape, device))]
+    if backward:
+        chosen += select_backward(Problem(Operation.BACKWARD, shape, device))
+        chosen += (select(Problem(o, shape, device)) for o in (Operation.GRAD_INPUT, Operation.GRAD_TABLE))
+    return chosen

@@ -1,0 +1,211 @@
+"""Kernels compiled ahead of time: built without a GPU, run without a compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lmkan_gen import cli, selection, toolchain
+from lmkan_gen.ahead import kernels
+from lmkan_gen.device import models, target
+from lmkan_gen.problem import LayerShape, Operation
+from lmkan_gen.toolchain import ToolchainError, bundle, nvcc, store
+
+SHAPE = LayerShape(16, 12, 5, 64)
+
+#: a layer forward and backward, and what it ran on, in a process that finds no compiler
+LAYER = """
+import torch
+from lmkan_gen import LMKAN2DLayer, dispatch
+layer = LMKAN2DLayer(5, 16, 12)
+x = torch.randn(16, 64, requires_grad=True)
+layer(x).square().sum().backward()
+for used in dispatch.used():
+    print(used.choice.problem.operation, used.kernel, used.choice.source)
+"""
+
+Run = Callable[..., tuple[int, str]]
+Change = Callable[[str, bytes], tuple[str, bytes]]
+
+
+@pytest.fixture(autouse=True)
+def _own_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv(store.OVERRIDE, str(tmp_path / "store"))
+    selection.clear_caches()
+    toolchain._known.clear()
+    yield
+    selection.clear_caches()
+    toolchain._known.clear()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs ``lmkan-gen``; returns its exit code and all that it printed."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["lmkan-gen", *arguments])
+        code: str | int | None = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        assert isinstance(code, int | None)
+        said = capsys.readouterr()
+        return code or 0, said.out + said.err
+
+    return run
+
+
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From now on, as on another machine: an empty store, and no compiler."""
+    monkeypatch.setenv(store.OVERRIDE, str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    monkeypatch.setenv(nvcc.OVERRIDE, "/nowhere/nvcc")
+    toolchain._known.clear()
+
+
+def test_kernels_cover_what_layers_run_on_every_model() -> None:
+    hopper = models("sm_90")
+    found = kernels([SHAPE], hopper)
+    operations = {dict(s.constants)["operation"] for s in found}
+    assert operations >= {str(o) for o in Operation if o is not Operation.BACKWARD}
+    for device in hopper:
+        assert set(kernels([SHAPE], [device])) <= set(found)
+    forward = kernels([SHAPE], hopper, backward=False)
+    assert {dict(s.constants)["operation"] for s in forward} == {"forward"}
+
+
+def test_a_layer_runs_from_a_bundle_without_a_compiler(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shapes = tmp_path / "shapes.txt"
+    shapes.write_text(f"# what the model has\n{SHAPE}  # first\n\n")
+    mine = tmp_path / "mine.yaml"  # a choice of this machine's own travels along
+    arguments = ["--device", "cpu", "--operation", "forward", "--shape", str(SHAPE), "--trials", "1"]
+    code, said = run("tune", *arguments, "--output", str(mine))
+    assert code == 0, said
+    monkeypatch.setenv(selection.TUNING_VARIABLE, str(mine))
+    selection.clear_caches()
+    packed = tmp_path / "kernels.zip"
+    code, said = run("build", "--arch", "cpu", "--shapes", str(shapes), "--bundle", str(packed))
+    assert code == 0, said
+    monkeypatch.delenv(selection.TUNING_VARIABLE)
+
+    no_compiler(monkeypatch, tmp_path)
+    command = [sys.executable, "-W", "error", "-c", LAYER]
+    before = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "plain torch runs instead" in before.stderr
+    code, said = run("cache", "load", str(packed))
+    assert code == 0, said
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    used = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    assert {kernel for _, kernel, _ in used} == {"row_vector"}
+    (source,) = (source for operation, _, source in used if operation == "forward")
+    assert "bundles" in source
+    assert run("cache", "clear")[0] == 0
+    after = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "plain torch runs instead" in after.stderr
+
+
+@pytest.mark.skipif(not nvcc.installed(), reason="no nvcc on this machine")
+def test_cuda_kernels_for_another_machine(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    packed = tmp_path / "kernels.zip"
+    arguments = ["--arch", "sm_80,sm_90", "--shape", str(SHAPE), "--forward-only", "--bundle", str(packed)]
+    code, said = run("build", *arguments)
+    assert code == 0, said
+    wanted = kernels([SHAPE], [target("sm_80"), target("sm_90")], backward=False)
+    compiled = {spec: toolchain.binary(spec).path.read_bytes() for spec in wanted}
+    no_compiler(monkeypatch, tmp_path)
+    with pytest.raises(toolchain.CompilerMissing):
+        toolchain.binary(wanted[0])
+    bundle.load(packed)
+    for spec in wanted:
+        found = toolchain.binary(spec)
+        assert found.path.read_bytes() == compiled[spec]
+        assert toolchain.resources(found)
+    with pytest.raises(toolchain.CompilerMissing):  # not in it
+        toolchain.binary(kernels([SHAPE], [target("sm_89")], backward=False)[0])
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    path = tmp_path / "kernels.zip"
+    binary = toolchain.binary(kernels([SHAPE], [target("cpu")], backward=False)[0])
+    assert bundle.write(path, [binary, binary], []) == 1
+    return path
+
+
+def changed(path: Path, change: Change) -> Path:
+    """A copy of a bundle with names and contents changed."""
+    output = path.with_name("changed.zip")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(output, "w") as new:
+        for name in old.namelist():
+            new.writestr(*change(name, old.read(name)))
+    return output
+
+
+def test_loaded_twice_is_loaded_once(packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    no_compiler(monkeypatch, tmp_path)
+    assert bundle.load(packed) == bundle.load(packed) == 1
+    assert len(list((store.root() / "bundles").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda n, c: (n.replace("kernel.so", "../../evil.so"), c), "does not belong"),
+        (lambda n, c: (f"/{n}", c), "does not belong"),
+        (lambda n, c: (n, b"\x7fELF else" if n.endswith(".so") else c), "not what was compiled"),
+        (lambda n, c: (n, c + b"// more" if n.endswith(".cpp") else c), "source was changed"),
+        (lambda n, c: (n, c.replace(b'"abi": 1', b'"abi": 99')), "another version"),
+        (lambda n, c: (n, b"[]" if n.endswith(".json") else c), "no bundle"),
+    ],
+    ids=["path", "absolute", "binary", "source", "version", "description"],
+)
+def test_what_is_wrong_is_refused_whole(packed: Path, change: Change, words: str) -> None:
+    with pytest.raises(ToolchainError, match=words):
+        bundle.load(changed(packed, change))
+    assert not list((store.root() / "bundles").glob("*"))
+
+
+def test_damage_after_loading_is_not_executed(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    no_compiler(monkeypatch, tmp_path)
+    bundle.load(packed)
+    (library,) = store.root().glob("bundles/*/kernels/*/kernel.so")
+    library.write_bytes(library.read_bytes()[:-1])
+    with pytest.raises(toolchain.CompilerMissing):
+        toolchain.binary(kernels([SHAPE], [target("cpu")], backward=False)[0])
+
+
+def test_usage(run: Run, tmp_path: Path) -> None:
+    assert run("build", "--arch", "cpu")[0] == 2
+    code, said = run("build", "--arch", "sm_12", "--shape", str(SHAPE))
+    assert code == 2
+    assert "sm_12" in said
+    text = tmp_path / "bad.txt"
+    text.write_text("16,12,5\n")
+    code, said = run("build", "--arch", "cpu", "--shapes", str(text))
+    assert code == 2
+    assert "16,12,5" in said
+    (tmp_path / "no.zip").write_text("no archive")
+    code, said = run("cache", "load", str(tmp_path / "no.zip"))
+    assert code == 1
+    assert "no bundle" in said
+
+
+def test_verify_says_what_is_damaged(run: Run) -> None:
+    binary = toolchain.binary(kernels([SHAPE], [target("cpu")], backward=False)[0])
+    assert run("cache", "verify") == (0, f"1 of 1 kernels in {store.root()} are whole\n")
+    os.truncate(binary.path, 100)
+    code, said = run("cache", "verify")
+    assert code == 1
+    assert f"{binary.path.parent}: kernel.so is not what was compiled" in said
+    assert "0 of 1" in said
