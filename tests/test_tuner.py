@@ -19,11 +19,11 @@ from lmkan_gen import device as devices
 from lmkan_gen import families, reference, selection
 from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.selection import Tier, select
-from lmkan_gen.tuner import search
+from lmkan_gen.tuner import search, storage
 from lmkan_gen.tuner.measure import Timing, measure
 from lmkan_gen.tuner.progress import Observer, Progress
 from lmkan_gen.tuner.run import TuningFailed, tune
-from lmkan_gen.tuner.space import Candidate, explore
+from lmkan_gen.tuner.space import Candidate, Space, explore
 from lmkan_gen.tuner.study import Study
 from lmkan_gen.tuner.verify import TOLERANCES, Mismatch, make_case
 from lmkan_gen.tuner.worker import Rejected, Worker
@@ -217,6 +217,14 @@ def test_fingerprint_changes_with_what_is_searched(monkeypatch: pytest.MonkeyPat
 # --- the study ------------------------------------------------------------------------------------
 
 
+def study_of(space: Space, trials: int, directory: Path, *, resume: bool) -> Study:
+    """A study in a journal; one made before is as if its process had been killed."""
+    journal = directory / "study.journal"
+    if not resume:
+        journal.unlink(missing_ok=True)
+    return Study(space, trials, storage.shared(str(journal)))
+
+
 def drain(study: Study, most: int) -> list[Candidate]:
     """Ask up to ``most`` times; a candidate's time is its variant plus one, odd variants fail."""
     asked: list[Candidate] = []
@@ -231,7 +239,7 @@ def drain(study: Study, most: int) -> list[Candidate]:
 def test_small_spaces_are_searched_completely(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use(monkeypatch, Faulty(("none",), variants=9))
     space = explore(PROBLEM)
-    asked = drain(Study(space, 9, tmp_path, resume=False), 100)
+    asked = drain(study_of(space, 9, tmp_path, resume=False), 100)
     assert asked[0] == space.default
     assert sorted(asked) == sorted(space.feasible)
 
@@ -239,22 +247,22 @@ def test_small_spaces_are_searched_completely(monkeypatch: pytest.MonkeyPatch, t
 def test_large_spaces_are_sampled_without_repeats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use(monkeypatch, Faulty(("none", "too_large"), variants=40))
     space = explore(PROBLEM)
-    asked = drain(Study(space, 12, tmp_path, resume=False), 12)
+    asked = drain(study_of(space, 12, tmp_path, resume=False), 12)
     assert len(set(asked)) == 12
     assert asked[0] == space.default
     assert set(asked) <= set(space.feasible)
     # asked on, it does not stop before everything was seen
-    rest = drain(Study(space, 12, tmp_path, resume=True), 1000)
+    rest = drain(study_of(space, 12, tmp_path, resume=True), 1000)
     assert sorted([*asked, *rest]) == sorted(space.feasible)
 
 
 def test_resume_repeats_only_the_trial_in_flight(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use(monkeypatch, Faulty(("none",), variants=8))
     space = explore(PROBLEM)
-    first = Study(space, 8, tmp_path, resume=False)
+    first = study_of(space, 8, tmp_path, resume=False)
     done = drain(first, 3)
     in_flight = first.ask()
-    resumed = Study(space, 8, tmp_path, resume=True)
+    resumed = study_of(space, 8, tmp_path, resume=True)
     assert set(resumed.results) == set(done)
     for c, before in first.results.items():
         after = resumed.results[c]
@@ -266,13 +274,13 @@ def test_resume_repeats_only_the_trial_in_flight(monkeypatch: pytest.MonkeyPatch
     rest = drain(resumed, 100)
     assert in_flight in rest
     assert sorted([*done, *rest]) == sorted(space.feasible)
-    assert Study(space, 8, tmp_path, resume=False).results == {}
+    assert study_of(space, 8, tmp_path, resume=False).results == {}
 
 
 def test_what_was_measured_before_a_kill_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use(monkeypatch, Faulty(("none",), variants=4))
     space = explore(PROBLEM)
-    first = Study(space, 4, tmp_path, resume=False)
+    first = study_of(space, 4, tmp_path, resume=False)
     measured, rejected = first.ask(), first.ask()
     assert measured is not None
     assert rejected is not None
@@ -280,7 +288,7 @@ def test_what_was_measured_before_a_kill_is_kept(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(first._study, "tell", lambda *_, **__: None)
     first.tell(measured, Timing((3.0, 4.0)))
     first.tell(rejected, Rejected("verify", "odd"))
-    resumed = Study(space, 4, tmp_path, resume=True)
+    resumed = study_of(space, 4, tmp_path, resume=True)
     assert resumed.results[measured] == Timing((3.0, 4.0))
     assert isinstance(resumed.results[rejected], Rejected)
     assert not {measured, rejected} & set(drain(resumed, 100))

@@ -10,7 +10,7 @@ from lmkan_gen.tuner.space import Candidate
 from lmkan_gen.tuner.worker import Rejected
 from lmkan_gen.tuning_file import Entry
 
-Phase = Literal["compiling", "measuring", "ranking"]
+Phase = Literal["compiling", "measuring", "waiting", "ranking"]
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,25 @@ import re
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from optuna.storages import BaseStorage
 
 from lmkan_gen import __version__, dispatch, selection, toolchain
 from lmkan_gen import device as devices
 from lmkan_gen.families import families, family
 from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.toolchain import store
+from lmkan_gen.tuner import record, storage
 from lmkan_gen.tuner.progress import Observer, Phase, Progress
+from lmkan_gen.tuner.roofline import Peaks
 from lmkan_gen.tuner.search import ProblemSearch
-from lmkan_gen.tuner.space import Candidate, explore
-from lmkan_gen.tuner.study import Study
+from lmkan_gen.tuner.space import Candidate, Space, explore
+from lmkan_gen.tuner.study import Study, study_name
 from lmkan_gen.tuner.worker import Rejected, Worker, WorkerFailed
 from lmkan_gen.tuning_file import Entry, Provenance, TuningFile, load, merge, save
 
@@ -41,6 +46,7 @@ def tune(
     time_budget: float | None = None,
     output: Path | None = None,
     resume: bool = False,
+    storage_url: str | None = None,
     observer: Observer | None = None,
 ) -> TuningFile:
     """Find the fastest kernels for layer shapes on a device and save them.
@@ -57,6 +63,9 @@ def tune(
             one candidate (the default, where there is one) is always measured.
         output: tuning file to update, by default `default_output`. It is saved after every entry.
         resume: go on with what an earlier, interrupted run of the same search measured.
+        storage_url: share the search with every process that names the same storage (see
+            `lmkan_gen.tuner.storage.shared`), on devices of one model. What is there already counts, as with
+            ``resume``; ``trials`` are those of all of them together.
         observer: hears of the progress.
 
     Returns:
@@ -65,6 +74,7 @@ def tune(
     Raises:
         CompilerMissing: nothing can be compiled for the device here.
         TuningFailed: no entry came about.
+        StorageFailed: ``storage_url`` cannot be opened.
         TuningFileError: ``output`` exists and is not a tuning file of this device.
         ValueError: a batch or ``trials`` is below 1.
         OSError: ``output`` cannot be written.
@@ -79,32 +89,36 @@ def tune(
     before = load(output) if output.exists() else None
     if before is not None:
         _require_same_device(before, chip, output)
-    observer = observer or Observer()
+    shared = None if storage_url is None else storage.shared(storage_url)
+    run = _Run(device, trials, resume, shared, observer or Observer())
     deadline = None if time_budget is None else time.monotonic() + time_budget
-    entries: list[Entry] = []
-    failures: list[str] = []
     result: TuningFile | None = None
     with Worker(device) as worker:
         for i, problem in enumerate(problems):
             share = _share(deadline, len(problems) - i)
-            entry = _tune_one(problem, i, len(problems), worker, trials, share, resume, observer, failures)
+            entry = run.tune(problem, i, len(problems), worker, share)
             if entry is None:
                 continue
-            entries.append(entry)
-            result = TuningFile.make(chip, _provenance(problem, entry, device), tuple(entries))
+            run.entries.append(entry)
+            result = TuningFile.make(chip, _provenance(problem, entry, device), tuple(run.entries))
             save(output, merge(before, result) if before else result)
             selection.clear_caches()  # this entry seeds the next searches
-            observer.finished(problem, entry)
+            run.keep_record(result, worker)
+            run.observer.finished(problem, entry)
     dispatch.clear_caches()
     if result is None:
-        raise TuningFailed(f"no kernel could be tuned on {chip.name}: {'; '.join(failures)}")
+        raise TuningFailed(f"no kernel could be tuned on {chip.name}: {'; '.join(run.failures)}")
     return result
 
 
 def default_output(chip: devices.Device) -> Path:
     """The file in the user's tuning directory named after the device, where layers find it."""
-    slug = re.sub(r"[^a-z0-9]+", "_", chip.name.lower()).strip("_")
-    return selection.user_tuning_directory() / f"{slug}.yaml"
+    return selection.user_tuning_directory() / f"{slug(chip.name)}.yaml"
+
+
+def slug(name: str) -> str:
+    """A device's name as part of a file's: ``NVIDIA H200`` -> ``nvidia_h200``."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def journal_directory() -> Path:
@@ -149,38 +163,74 @@ def _share(deadline: float | None, left: int) -> float | None:
     return now + max(0.0, deadline - now) / left
 
 
-def _tune_one(
-    problem: Problem,
-    index: int,
-    count: int,
-    worker: Worker,
-    trials: int,
-    deadline: float | None,
-    resume: bool,
-    observer: Observer,
-    failures: list[str],
-) -> Entry | None:
-    def report(phase: Phase, done: int, total: int, best_us: float | None) -> None:
-        observer.progress(Progress(problem, index, count, phase, done, total, best_us))
+@dataclass
+class _Run:
+    """What the searches of one run have in common, and what came of them."""
 
-    def on_rejected(candidate: Candidate, rejected: Rejected) -> None:
-        failures.append(f"{candidate}: {rejected.reason}: {rejected}")
-        observer.rejected(problem, candidate, rejected)
+    device: torch.device
+    trials: int
+    resume: bool
+    shared: BaseStorage | None
+    observer: Observer
+    entries: list[Entry] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    records: list[record.ProblemRecord] = field(default_factory=list)
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    peaks: Peaks | None = None
 
-    space = explore(problem)
-    entry, why = None, "no candidate ran"
-    if space.feasible:
-        study = Study(space, trials, journal_directory(), resume)
-        try:
-            entry = ProblemSearch(space, study, worker, trials, deadline, report, on_rejected).run()
-        except WorkerFailed as error:
-            why = str(error)
-    else:
-        why = "no candidate fits; limits broken: " + ", ".join(sorted(space.rejected))
-    if entry is None:
-        failures.append(f"{problem.operation} {problem.shape}: {why}")
-        observer.skipped(problem, why)
-    return entry
+    def tune(
+        self, problem: Problem, index: int, count: int, worker: Worker, deadline: float | None
+    ) -> Entry | None:
+        """Search for one problem's fastest kernel; None when there is none, which the observer hears."""
+
+        def report(phase: Phase, done: int, total: int, best_us: float | None) -> None:
+            self.observer.progress(Progress(problem, index, count, phase, done, total, best_us))
+
+        def on_rejected(candidate: Candidate, rejected: Rejected) -> None:
+            self.failures.append(f"{candidate}: {rejected.reason}: {rejected}")
+            self.observer.rejected(problem, candidate, rejected)
+
+        space = explore(problem)
+        entry, why = None, "no candidate ran"
+        if space.feasible:
+            began = time.monotonic()
+            with self._storage(space) as kept:
+                study = Study(space, self.trials, kept, shared=self.shared is not None)
+                search = ProblemSearch(space, study, worker, self.trials, deadline, report, on_rejected)
+                try:
+                    entry = search.run()
+                except WorkerFailed as error:
+                    why = str(error)
+            if entry is not None:
+                seconds = time.monotonic() - began
+                self.records.append(
+                    record.ProblemRecord.of(entry, space, study.results, search.ranking, seconds)
+                )
+        else:
+            why = "no candidate fits; limits broken: " + ", ".join(sorted(space.rejected))
+        if entry is None:
+            self.failures.append(f"{problem.operation} {problem.shape}: {why}")
+            self.observer.skipped(problem, why)
+        return entry
+
+    def _storage(self, space: Space) -> AbstractContextManager[BaseStorage]:
+        if self.shared is not None:
+            return nullcontext(self.shared)
+        return storage.private(journal_directory(), study_name(space), self.resume)
+
+    def keep_record(self, result: TuningFile, worker: Worker) -> None:
+        """Save what a report can be made from."""
+        if self.peaks is None:
+            self.peaks = worker.measure_peaks()
+        run = record.RunRecord(
+            started=self.started,
+            device=result.device,
+            provenance=result.provenance,
+            peaks=self.peaks,
+            problems=tuple(self.records),
+        )
+        name = f"{self.started:%Y%m%d-%H%M%S-%f}-{slug(result.device.name)}.json"
+        record.save(record.directory() / name, run)
 
 
 def _provenance(problem: Problem, entry: Entry, device: torch.device) -> Provenance:

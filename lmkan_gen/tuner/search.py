@@ -1,14 +1,15 @@
-"""One problem from its space to its entry: compile in batches, measure, rank the best again."""
+"""One problem from its space to its entry: compile ahead, measure, rank the best again."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from lmkan_gen import toolchain
 from lmkan_gen.families import family
+from lmkan_gen.machine import usable_cores
 from lmkan_gen.toolchain import CompilerMissing, ToolchainError
 from lmkan_gen.tuner.measure import Timing
 from lmkan_gen.tuner.progress import Phase
@@ -19,9 +20,12 @@ from lmkan_gen.tuning_file import Dtypes, Entry, Search, ShapeRecord, Times
 
 _FINALISTS = 3
 _RANKING_ROUNDS = 3
-#: candidates compiled together; more would delay what the sampler learns from them
-_FEWEST_COMPILED, _MOST_COMPILED = 4, 16
+#: candidates compiled together, at least and at most, and how often the sampler learns at least; more
+#: would delay what it learns from them
+_FEWEST_COMPILED, _MOST_COMPILED, _ROUNDS = 4, 16, 4
+_POLL_S = 0.5
 
+_Started = tuple[list[Candidate], Future[list[toolchain.Binary | ToolchainError]]]
 Report = Callable[[Phase, int, int, float | None], None]
 OnRejected = Callable[[Candidate, Rejected], None]
 
@@ -57,6 +61,8 @@ class ProblemSearch:
         self._deadline = deadline
         self._report = report
         self._on_rejected = on_rejected
+        #: what the finalists and the default took when they were measured again, in turns
+        self.ranking: dict[Candidate, Timing] = {}
 
     def run(self) -> Entry | None:
         """Search and rank.
@@ -68,12 +74,32 @@ class ProblemSearch:
             CompilerMissing: nothing can be compiled.
             WorkerFailed: nothing can be measured.
         """
-        while (done := len(self._study.results)) < self._total and not (done and self._late()):
-            batch = self._next_batch(self._total - done)
-            if not batch:
-                break
-            self._measure_batch(batch, self._compile(batch))
+        try:
+            self._try_all()
+        finally:
+            self._study.release()
         return self._rank()
+
+    def _try_all(self) -> None:
+        # On a CPU, compilers would take the cores that candidates are timed on.
+        ahead = self._problem.device.kind != "cpu"
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile-ahead") as executor:
+            started = self._start(executor)
+            while started is not None:
+                batch, compiling = started
+                binaries = compiling.result()
+                # on a GPU the next candidates are compiled while these are measured
+                following = self._start(executor, wait=False) if ahead else None
+                self._measure_batch(batch, binaries)
+                started = following or self._start(executor)
+
+    def _start(self, executor: ThreadPoolExecutor, *, wait: bool = True) -> _Started | None:
+        """The next candidates, on their way to be compiled; None when there are none."""
+        batch = self._next_batch(wait)
+        if not batch:
+            return None
+        self._tell("compiling", len(self._study.results))
+        return batch, executor.submit(toolchain.build, [c.spec(self._problem) for c in batch])
 
     def _late(self) -> bool:
         return self._deadline is not None and time.monotonic() > self._deadline
@@ -85,27 +111,30 @@ class ProblemSearch:
         best = self._study.best()
         return None if best is None else best[1].median
 
-    def _next_batch(self, left: int) -> list[Candidate]:
-        size = min(left, max(_FEWEST_COMPILED, min(_MOST_COMPILED, os.cpu_count() or 1)))
+    def _next_batch(self, wait: bool) -> list[Candidate]:
+        most = max(_FEWEST_COMPILED, min(_MOST_COMPILED, usable_cores(), self._total // _ROUNDS))
         batch: list[Candidate] = []
-        while len(batch) < size and (candidate := self._study.ask()) is not None:
-            batch.append(candidate)
+        while not (self._study.results and self._late()):
+            self._study.refresh()
+            left = self._total - len(self._study.results) - self._study.taken
+            while len(batch) < min(left, most) and (candidate := self._study.ask()) is not None:
+                batch.append(candidate)
+            if batch or not wait or not self._study.elsewhere:
+                break
+            # what others are at belongs to the result, and is ours to do if they die
+            self._tell("waiting", len(self._study.results))
+            time.sleep(_POLL_S)
         return batch
-
-    def _compile(self, batch: Sequence[Candidate]) -> list[toolchain.Binary | ToolchainError]:
-        self._tell("compiling", len(self._study.results))
-        results = toolchain.build([c.spec(self._problem) for c in batch])
-        for result in results:
-            if isinstance(result, CompilerMissing):
-                raise result
-        return results
 
     def _measure_batch(
         self, batch: Sequence[Candidate], binaries: Sequence[toolchain.Binary | ToolchainError]
     ) -> None:
+        for binary in binaries:
+            if isinstance(binary, CompilerMissing):
+                raise binary
         for candidate, binary in zip(batch, binaries, strict=True):
             if self._study.results and self._late():
-                return  # trials left open are closed when the study is resumed
+                return
             result: Timing | Rejected
             if isinstance(binary, ToolchainError):
                 result = Rejected("compile", str(binary))
@@ -149,6 +178,7 @@ class ProblemSearch:
         times = {c: t for c, t in times.items() if c not in failed}
         if not times:
             return None
+        self.ranking = times
         return self._entry(winner(times, default), times)
 
     def _entry(self, best: Candidate, times: dict[Candidate, Timing]) -> Entry:

@@ -13,6 +13,7 @@ from lmkan_gen.families import Parameters, families, family
 from lmkan_gen.plan import Constant, KernelSpec
 from lmkan_gen.problem import Problem
 from lmkan_gen.selection import default_choice, tuned_choices
+from lmkan_gen.toolchain import compiler
 
 _NEIGHBOURS = 3
 
@@ -47,7 +48,8 @@ class Space:
     """The candidates of a problem.
 
     Attributes:
-        feasible: those that can run, in a fixed order.
+        feasible: those that can run, in a fixed order; first the ones that pruning left, of which there
+            are ``count``, then seeds that it had not left.
         rejected: how many points of the families' spaces each limit excludes.
         default: the analytic default; None when no family has one.
         seeds: the default and the winners of similar problems: where a search should begin.
@@ -55,16 +57,26 @@ class Space:
 
     problem: Problem
     feasible: tuple[Candidate, ...]
+    count: int
     rejected: Mapping[str, int]
     default: Candidate | None
     seeds: tuple[Candidate, ...]
 
     def fingerprint(self) -> str:
-        """Changes with the problem, the candidates and the families' templates."""
-        digest = hashlib.sha256(repr((self.problem, self.feasible)).encode())
-        for name in sorted({c.family for c in self.feasible}):
-            example = next(c for c in self.feasible if c.family == name)
-            digest.update(render(example.spec(self.problem)).encode())
+        """Changes with the problem, the candidates, the families' templates and the compiler.
+
+        Not with the seeds, which differ between machines that share a search.
+
+        Raises:
+            CompilerMissing: nothing can be compiled here.
+        """
+        searched = self.feasible[: self.count]
+        digest = hashlib.sha256(repr((self.problem, searched)).encode())
+        for name in sorted({c.family for c in searched}):
+            example = next(c for c in searched if c.family == name)
+            spec = example.spec(self.problem)
+            digest.update(render(spec).encode())
+            digest.update(compiler(spec).identity.encode())
         return digest.hexdigest()
 
 
@@ -91,4 +103,4 @@ def explore(problem: Problem) -> Space:
     seeds = tuple(dict.fromkeys(known))
     # what is known to work stays in, even where pruning by waste is too strict
     everything = tuple(dict.fromkeys((*feasible, *seeds)))
-    return Space(problem, everything, dict(rejected), default, seeds)
+    return Space(problem, everything, len(feasible), dict(rejected), default, seeds)

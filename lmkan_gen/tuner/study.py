@@ -1,16 +1,21 @@
-"""The search of one problem's space, an Optuna study in a journal file that survives a kill."""
+"""The search of one problem's space, an Optuna study that survives a kill and may be shared."""
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import random
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from datetime import datetime, timedelta
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import Trial, TrialState
+import psutil
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from lmkan_gen.plan import Constant
 from lmkan_gen.tuner.measure import Timing
@@ -19,7 +24,14 @@ from lmkan_gen.tuner.worker import Rejected
 
 #: fruitless suggestions (seen before, or infeasible) before an unseen candidate is drawn instead
 _PATIENCE = 20
-_SAMPLES, _REASON, _MESSAGE = "samples_us", "rejected", "message"
+_SAMPLES, _REASON, _MESSAGE, _OWNER = "samples_us", "rejected", "message", "owner"
+#: how long another machine may take for a batch of candidates before it counts as gone
+_LEASE = timedelta(hours=1)
+_DRAWING = timedelta(minutes=1)
+
+
+#: per family, the values of each parameter
+Choices = dict[str, dict[str, list[Constant]]]
 
 
 class Study:
@@ -29,66 +41,80 @@ class Study:
     space's seeds come first, then what differs from the best so far by one step of one parameter (most of
     a kernel's speed is found that way), and when that is exhausted Optuna's TPE sampler suggests the rest.
 
+    Processes whose studies have the same name and storage share the work: none is suggested what another
+    has measured or is at. What a process that died was at is suggested again.
+
     Args:
         space: what may be suggested.
         trials: how many candidates the search will try.
-        directory: where journals lie.
-        resume: continue what an earlier, killed run of the same search left there.
+        storage: where results are kept; those that are there already count.
+        shared: whether others may be at work.
     """
 
-    def __init__(self, space: Space, trials: int, directory: Path, resume: bool) -> None:
-        self._space = space
-        self._feasible = frozenset(space.feasible)
-        self._choices = _choices(space.feasible)
+    def __init__(self, space: Space, trials: int, storage: BaseStorage, *, shared: bool = False) -> None:
+        # choices must be the same on all machines, whatever seeds they know
+        searched = [*space.feasible[: space.count], *([space.default] if space.default else [])]
+        self._choices = _choices(searched)
+        possible = [c for c in space.feasible if _is_within(c, self._choices)]
+        self._feasible = frozenset(possible)
         self._pending: dict[Candidate, Trial] = {}
-        #: how each candidate did
+        #: candidates that other processes are at
+        self._elsewhere: set[Candidate] = set()
+        #: how each candidate did, here and elsewhere
         self.results: dict[Candidate, Timing | Rejected] = {}
-        problem = space.problem
-        name = f"{problem.operation}-{problem.shape}-{space.fingerprint()[:16]}".replace(",", "x")
-        directory.mkdir(parents=True, exist_ok=True)
-        journal = directory / f"{name}.journal"
-        if not resume:
-            journal.unlink(missing_ok=True)
+        self._shared = shared
+        self._owner = _this_process()
+        # processes that draw alike would suggest alike
+        seed = zlib.crc32(self._owner.encode()) if shared else 0
+        name = study_name(space)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal))),
+            storage=storage,
             study_name=name,
-            sampler=optuna.samplers.TPESampler(seed=0),
+            sampler=optuna.samplers.TPESampler(seed=seed),
             load_if_exists=True,
         )
-        self._restore()
-        self._queue = deque(space.seeds)
-        shuffled = list(space.feasible)
-        self._random = random.Random(0)
+        self._storage = storage
+        self._id = storage.get_study_id_from_name(name)
+        self._closed: set[int] = set()
+        self.refresh()
+        self._queue = deque(c for c in space.seeds if c in self._feasible)
+        shuffled = possible
+        self._random = random.Random(seed)
         self._random.shuffle(shuffled)  # a search cut short has then seen a fair sample
         self._spare = iter(shuffled)
-        if len(space.feasible) <= trials:
+        if len(possible) <= trials:
             self._queue.extend(shuffled)
+
+    @property
+    def taken(self) -> int:
+        """How many candidates are being tried, here or elsewhere."""
+        return len(self._pending) + len(self._elsewhere)
+
+    @property
+    def elsewhere(self) -> int:
+        """How many candidates other processes are at."""
+        return len(self._elsewhere)
 
     def ask(self) -> Candidate | None:
         """A candidate not suggested before; None when there are no more."""
-        while self._queue:
-            if self._is_new(candidate := self._queue.popleft()):
-                return self._begin(candidate)
-        if (neighbour := self._next_to_best()) is not None:
-            return self._begin(neighbour)
-        if len(self.results) + len(self._pending) < len(self._feasible):
-            for _ in range(_PATIENCE):
-                trial = self._study.ask()
-                candidate = self._suggested(trial)
-                if candidate in self._feasible and self._is_new(candidate):
-                    self._pending[candidate] = trial
-                    return candidate
-                self._dismiss(trial, candidate)
-            for candidate in self._spare:
-                if self._is_new(candidate):
-                    return self._begin(candidate)
-        return None
+        while True:
+            if self._shared:
+                self.refresh()
+            candidate, trial = self._propose()
+            if candidate is None or trial is None:
+                return None
+            if self._shared and self._was_faster(candidate, trial):
+                self._study.tell(trial, state=TrialState.FAIL)
+                continue
+            self._pending[candidate] = trial
+            return candidate
 
     def tell(self, candidate: Candidate, result: Timing | Rejected) -> None:
         """Record how a suggested candidate did."""
         trial = self._pending.pop(candidate)
         self.results[candidate] = result
+        self._closed.add(trial.number)
         if isinstance(result, Rejected):
             trial.set_user_attr(_REASON, result.reason)
             trial.set_user_attr(_MESSAGE, str(result))
@@ -97,6 +123,43 @@ class Study:
             trial.set_user_attr(_SAMPLES, list(result.samples))
             self._study.tell(trial, result.median)
 
+    def release(self) -> None:
+        """Give back what was suggested and will not be measured."""
+        for trial in self._pending.values():
+            self._study.tell(trial, state=TrialState.FAIL)
+        self._pending.clear()
+
+    def refresh(self) -> None:
+        """Read what other processes, now or before, have measured and are at."""
+        mine = {trial.number for trial in self._pending.values()}
+        self._elsewhere.clear()
+        for trial in self._study.get_trials(deepcopy=False):
+            if trial.number in mine or trial.number in self._closed:
+                continue
+            result = _result(trial)
+            if trial.state is TrialState.RUNNING:
+                if result is None and self._shared and _is_being_drawn(trial):
+                    continue
+                if result is None and _is_alive(trial, self._owner):
+                    if (candidate := _candidate(trial)) in self._feasible:
+                        self._elsewhere.add(candidate)
+                    continue
+                # its process died, perhaps after it had written the result
+                self._close(trial, result)
+            self._closed.add(trial.number)
+            if result is not None:
+                self.results.setdefault(_candidate(trial), result)
+
+    def _close(self, trial: FrozenTrial, result: Timing | Rejected | None) -> None:
+        try:
+            if isinstance(result, Timing):
+                self._study.tell(trial.number, result.median)
+            else:
+                state = TrialState.FAIL if result is None else TrialState.PRUNED
+                self._study.tell(trial.number, state=state)
+        except (RuntimeError, ValueError):  # another process did it first
+            pass
+
     def timings(self) -> Iterator[tuple[Candidate, Timing]]:
         """The candidates that ran, with their times."""
         return ((c, r) for c, r in self.results.items() if isinstance(r, Timing))
@@ -104,6 +167,39 @@ class Study:
     def best(self) -> tuple[Candidate, Timing] | None:
         """The fastest candidate so far, with its time; None before one ran."""
         return min(self.timings(), key=lambda item: item[1].median, default=None)
+
+    def _propose(self) -> tuple[Candidate | None, Trial | None]:
+        while self._queue:
+            if self._is_new(candidate := self._queue.popleft()):
+                return candidate, self._begin(candidate)
+        if (neighbour := self._next_to_best()) is not None:
+            return neighbour, self._begin(neighbour)
+        if len(self.results) + len(self._pending) + len(self._elsewhere) < len(self._feasible):
+            for _ in range(_PATIENCE):
+                trial = self._study.ask()
+                suggested = self._suggested(trial)
+                if suggested in self._feasible and self._is_new(suggested):
+                    trial.set_user_attr(_OWNER, self._owner)
+                    return suggested, trial
+                self._dismiss(trial, suggested)
+            for candidate in self._spare:
+                if self._is_new(candidate):
+                    return candidate, self._begin(candidate)
+            # what a process that died was at has been drawn before
+            for candidate in sorted(self._feasible):
+                if self._is_new(candidate):
+                    return candidate, self._begin(candidate)
+        return None, None
+
+    def _was_faster(self, candidate: Candidate, own: Trial) -> bool:
+        """Whether another process took up the candidate in the same moment, and before."""
+        return any(
+            trial.number < own.number
+            and trial.number not in self._closed
+            and _candidate(trial) == candidate
+            and (_result(trial) is not None or _is_alive(trial, self._owner))
+            for trial in self._study.get_trials(deepcopy=False)
+        )
 
     def _next_to_best(self) -> Candidate | None:
         """A new candidate one step of one parameter away from the fastest."""
@@ -120,16 +216,23 @@ class Study:
         return self._random.choice(steps) if steps else None
 
     def _is_new(self, candidate: Candidate) -> bool:
-        return candidate not in self.results and candidate not in self._pending
+        return not (candidate in self.results or candidate in self._pending or candidate in self._elsewhere)
 
-    def _begin(self, candidate: Candidate) -> Candidate:
+    def _begin(self, candidate: Candidate) -> Trial:
         """Open a trial for a candidate of our own choice."""
         chosen = {f"{candidate.family}.{name}": value for name, value in candidate.settings}
-        self._study.enqueue_trial({"family": candidate.family, **chosen})
-        trial = self._study.ask()
-        candidate = self._suggested(trial)
-        self._pending[candidate] = trial
-        return candidate
+        distributions: dict[str, BaseDistribution] = {
+            f"{candidate.family}.{name}": CategoricalDistribution(values)
+            for name, values in self._choices[candidate.family].items()
+        }
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params={"family": candidate.family, **chosen},
+            distributions={"family": CategoricalDistribution(sorted(self._choices)), **distributions},
+            user_attrs={_OWNER: self._owner},
+        )
+        # unlike an enqueued one, it is nobody else's to take
+        return Trial(self._study, self._storage.create_new_trial(self._id, template))
 
     def _suggested(self, trial: Trial) -> Candidate:
         family = trial.suggest_categorical("family", sorted(self._choices))
@@ -143,35 +246,69 @@ class Study:
     def _dismiss(self, trial: Trial, candidate: Candidate) -> None:
         """Close a trial that is not worth running, such that the sampler learns from it."""
         known = self.results.get(candidate)
+        self._closed.add(trial.number)
         if isinstance(known, Timing):
             self._study.tell(trial, known.median)
         else:
             self._study.tell(trial, state=TrialState.PRUNED)
 
-    def _restore(self) -> None:
-        for trial in self._study.get_trials(deepcopy=False):
-            if trial.state is TrialState.RUNNING:  # in flight when it was killed
-                if _SAMPLES in trial.user_attrs:
-                    self._study.tell(trial.number, Timing(tuple(trial.user_attrs[_SAMPLES])).median)
-                elif _MESSAGE in trial.user_attrs:
-                    self._study.tell(trial.number, state=TrialState.PRUNED)
-                else:
-                    self._study.tell(trial.number, state=TrialState.FAIL)
-                    continue
-            if trial.state is TrialState.WAITING:  # killed before that; only a begun trial can be closed
-                self._study.tell(self._study.ask(), state=TrialState.FAIL)
-                continue
-            family = trial.params.get("family")
-            prefix = f"{family}."
-            settings = {n.removeprefix(prefix): v for n, v in trial.params.items() if n.startswith(prefix)}
-            candidate = Candidate.make(str(family), settings)
-            if _SAMPLES in trial.user_attrs:
-                self.results[candidate] = Timing(tuple(trial.user_attrs[_SAMPLES]))
-            elif _MESSAGE in trial.user_attrs:
-                self.results[candidate] = Rejected(trial.user_attrs[_REASON], trial.user_attrs[_MESSAGE])
+
+def study_name(space: Space) -> str:
+    """Of the study that searches ``space``: the same wherever it is the same search."""
+    problem = space.problem
+    return f"{problem.operation}-{problem.shape}-{space.fingerprint()[:16]}".replace(",", "x")
 
 
-def _choices(candidates: Iterable[Candidate]) -> dict[str, dict[str, list[Constant]]]:
+def _this_process() -> str:
+    pid = os.getpid()
+    return json.dumps([platform.node(), pid, psutil.Process(pid).create_time()])
+
+
+def _is_being_drawn(trial: FrozenTrial) -> bool:
+    """Whether another process is just about to say that a trial is its own."""
+    began = trial.datetime_start
+    return _OWNER not in trial.user_attrs and began is not None and datetime.now() - began < _DRAWING
+
+
+def _is_alive(trial: FrozenTrial, own: str) -> bool:
+    """Whether the process that began a trial may still end it."""
+    owner = trial.user_attrs.get(_OWNER)
+    if owner is None or trial.state is not TrialState.RUNNING:
+        return False  # not begun in earnest
+    if owner == own:
+        return False  # of an earlier search of this process: its own trials are known to be open
+    host, pid, started = json.loads(owner)
+    if host != platform.node():
+        began = trial.datetime_start
+        return began is not None and datetime.now() - began < _LEASE
+    try:
+        return abs(psutil.Process(pid).create_time() - float(started)) < 2  # clocks get adjusted
+    except psutil.Error:
+        return False
+
+
+def _candidate(trial: FrozenTrial) -> Candidate:
+    family = str(trial.params.get("family"))
+    prefix = f"{family}."
+    settings = {n.removeprefix(prefix): v for n, v in trial.params.items() if n.startswith(prefix)}
+    return Candidate.make(family, settings)
+
+
+def _result(trial: FrozenTrial) -> Timing | Rejected | None:
+    attributes = trial.user_attrs
+    if _SAMPLES in attributes:
+        return Timing(tuple(attributes[_SAMPLES]))
+    if _MESSAGE in attributes:
+        return Rejected(attributes[_REASON], attributes[_MESSAGE])
+    return None
+
+
+def _is_within(candidate: Candidate, choices: Choices) -> bool:
+    of_family = choices.get(candidate.family, {})
+    return all(value in of_family.get(name, ()) for name, value in candidate.settings)
+
+
+def _choices(candidates: Iterable[Candidate]) -> Choices:
     """Per family, the values that each parameter takes among ``candidates``, in order."""
     values: dict[str, dict[str, set[Constant]]] = {}
     for candidate in candidates:

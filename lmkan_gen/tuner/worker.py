@@ -7,7 +7,10 @@ does not answer is killed and another one started when there is more to measure.
 from __future__ import annotations
 
 import multiprocessing
+import re
+import resource
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -16,11 +19,13 @@ from types import TracebackType
 import torch
 
 from lmkan_gen.families import Family
+from lmkan_gen.machine import available_memory
 from lmkan_gen.plan import Constant
 from lmkan_gen.problem import Problem
 from lmkan_gen.toolchain import ToolchainError
 from lmkan_gen.tuner.bench import Bench
 from lmkan_gen.tuner.measure import Timing
+from lmkan_gen.tuner.roofline import Peaks, measure_peaks
 from lmkan_gen.tuner.verify import Mismatch
 
 #: starting Python, torch and a device, and computing right answers, which is nobody's fault
@@ -61,6 +66,11 @@ class _Reference:
 
 
 @dataclass(frozen=True)
+class _Peaks:
+    pass
+
+
+@dataclass(frozen=True)
 class _Failure:
     reason: str
     message: str
@@ -68,8 +78,11 @@ class _Failure:
     fatal: bool
 
 
-_Request = _Setup | _Measure | _Reference
-_Reply = Timing | float | None | _Failure
+#: how torch's allocator on CPUs and the CUDA driver say it
+_NO_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory", re.IGNORECASE)
+
+_Request = _Setup | _Measure | _Reference | _Peaks
+_Reply = Timing | float | Peaks | None | _Failure
 
 
 class Worker:
@@ -123,6 +136,13 @@ class Worker:
         reply = self._ask(_Reference(), self._candidate_s)
         return reply if isinstance(reply, float) else None
 
+    def measure_peaks(self) -> Peaks | None:
+        """What the device reaches at its best; None when that cannot be measured."""
+        if self._process is None:
+            self._start()
+        reply = self._ask(_Peaks(), _SETUP_S)
+        return reply if isinstance(reply, Peaks) else None
+
     def stop(self) -> None:
         """End the process at once."""
         if self._process is not None:
@@ -171,6 +191,8 @@ class Worker:
 
 
 def _exit(code: int | None) -> str:
+    if code == -signal.SIGKILL:
+        return "SIGKILL: the system may have run out of memory"
     if code is not None and code < 0:
         return signal.Signals(-code).name
     return f"exit code {code}"
@@ -182,6 +204,8 @@ def _serve(connection: Connection, device_name: str) -> None:
     device = torch.device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        _limit_memory()
     bench: Bench | None = None
     while True:
         try:
@@ -195,11 +219,23 @@ def _serve(connection: Connection, device_name: str) -> None:
                     torch.set_num_threads(request.problem.device.multiprocessors)
                 bench = Bench(request.problem, device)
                 connection.send(None)
+            elif isinstance(request, _Peaks):
+                connection.send(measure_peaks(device))
             else:
                 assert bench is not None
                 connection.send(_answer(bench, request))
         except Exception as error:
             connection.send(_failure(error, device))
+
+
+def _limit_memory() -> None:
+    """Let allocations fail when memory is used up, instead of having the system end some process.
+
+    On a GPU the driver reserves far more addresses than it uses, so that no limit would be right.
+    """
+    with suppress(OSError, ValueError):
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (available_memory(), hard))
 
 
 def _answer(bench: Bench, request: _Measure | _Reference) -> Timing | float | None:
@@ -215,7 +251,7 @@ def _failure(error: Exception, device: torch.device) -> _Failure:
         return _Failure("verify", str(error), fatal=False)
     if isinstance(error, ToolchainError):
         return _Failure("compile", str(error), fatal=False)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(str(error)):
         return _Failure("memory", str(error), fatal=True)
     # on a GPU, an error of a kernel makes all that follows in its process fail
     return _Failure("error", f"{type(error).__name__}: {error}", fatal=device.type == "cuda")

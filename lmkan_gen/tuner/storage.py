@@ -1,0 +1,119 @@
+"""Where studies live: a journal of this machine's own, or storage that several processes share."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock, JournalRedisBackend
+from sqlalchemy.exc import DBAPIError
+
+#: seconds after which the lock of a journal counts as left by a killed process; writing takes milliseconds
+_LOCK_S = 10
+
+
+class StorageFailed(RuntimeError):
+    """Studies cannot be kept where they should be; the message says why."""
+
+
+@contextmanager
+def private(directory: Path, name: str, resume: bool) -> Iterator[BaseStorage]:
+    """The journal of one search on this machine, for one process at a time.
+
+    Args:
+        directory: where journals lie.
+        name: of the search.
+        resume: keep what an earlier, killed run of the same search left.
+
+    Raises:
+        StorageFailed: another process is at the same search.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    journal = directory / f"{name}.journal"
+    lock = FileLock(directory / f"{name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StorageFailed(
+            f"another process is tuning this very problem ({journal} is in use); wait for it, or let both "
+            "share the work: start each with the same --storage"
+        ) from None
+    except (OSError, NotImplementedError):
+        pass  # a file system without locks
+    try:
+        if not resume:
+            journal.unlink(missing_ok=True)
+        yield _journal(journal)
+    finally:
+        lock.release()
+
+
+def shared(url: str) -> BaseStorage:
+    """Storage that several processes, on one machine or many, work from at once.
+
+    Args:
+        url: a path or ``journal://PATH``: a journal file, which may lie on a network file system;
+            ``redis://...``: a journal in Redis; anything else with a scheme is a database as SQLAlchemy
+            names it, such as ``postgresql+psycopg://user@host/database`` or ``sqlite:///studies.db``.
+
+    Raises:
+        StorageFailed: it cannot be opened; a database's driver may be missing.
+    """
+    scheme, _, rest = url.rpartition("://")
+    try:
+        if scheme in ("", "journal"):
+            path = Path(rest).expanduser().absolute()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return _journal(path)
+        if scheme in ("redis", "rediss"):
+            return JournalStorage(JournalRedisBackend(url))
+        return _database(url)
+    except Exception as error:  # each driver has its own
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        # a URL may hold a password
+        raise StorageFailed(
+            f"cannot open the storage ({scheme or 'journal'}): {first}; it must be a journal file's path, "
+            "redis://..., or a database URL whose driver is installed, such as "
+            "postgresql+psycopg://user@host/database with `pip install psycopg[binary]`"
+        ) from error
+
+
+def _database(url: str) -> BaseStorage:
+    for patience in (1.0, 2.0, 0.0):
+        try:
+            # a connection that was idle while kernels were measured may have been closed by the server
+            return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        except DBAPIError:  # perhaps another process is just making the tables
+            if not patience:
+                raise
+            time.sleep(patience * random.random())
+    raise AssertionError("unreachable")
+
+
+def _journal(path: Path) -> BaseStorage:
+    lock = JournalFileSymlinkLock(str(path), grace_period=_LOCK_S)
+    storage = JournalFileBackend(str(path), lock)
+    if not _is_whole(path):
+        # a line cut short by a kill or a full disk would make all that follows unreadable
+        lock.acquire()
+        try:
+            if not _is_whole(path):
+                content = path.read_bytes()
+                with path.open("r+b") as stream:
+                    stream.truncate(content.rfind(b"\n") + 1)
+        finally:
+            lock.release()
+    return JournalStorage(storage)
+
+
+def _is_whole(path: Path) -> bool:
+    with path.open("rb") as stream:
+        if stream.seek(0, 2) == 0:
+            return True
+        stream.seek(-1, 2)
+        return stream.read(1) == b"\n"

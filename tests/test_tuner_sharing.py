@@ -1,0 +1,283 @@
+"""Several processes at one search: nothing is measured twice, and nobody waits for the dead."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+
+from lmkan_gen import device as devices
+from lmkan_gen import families, selection
+from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.tuner import storage, study
+from lmkan_gen.tuner.measure import Timing
+from lmkan_gen.tuner.space import Candidate, Space, explore
+from lmkan_gen.tuner.study import Study
+from tests.fault_family import Faulty
+
+SHAPE = LayerShape(6, 5, 4, 40)
+VARIANTS = 16
+
+#: tunes when it is told to: arguments are the storage and the output file
+PROGRAM = f"""
+import sys
+from pathlib import Path
+import torch
+from lmkan_gen import families
+from lmkan_gen.problem import LayerShape, Operation
+from lmkan_gen.tuner.run import tune
+from tests.fault_family import Faulty
+
+if __name__ == "__main__":
+    family = Faulty(("none",), variants={VARIANTS})
+    families._registry = lambda: {{family.name: family}}
+    print("ready", flush=True)
+    sys.stdin.readline()
+    tune(
+        [LayerShape{SHAPE.inputs, SHAPE.outputs, SHAPE.grids, SHAPE.batch}], torch.device("cpu"),
+        [Operation.FORWARD], trials={VARIANTS}, storage_url=sys.argv[1], output=Path(sys.argv[2]),
+    )
+"""
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Space]:
+    family = Faulty(("none",), variants=6)
+    monkeypatch.setattr(families, "_registry", lambda: {family.name: family})
+    # shipped files name families that are not there now
+    monkeypatch.setattr("lmkan_gen.tuning_sources.resource_directory", lambda name: tmp_path / name)
+    selection.clear_caches()
+    yield explore(Problem(Operation.FORWARD, SHAPE, devices.cpu()))
+    selection.clear_caches()
+
+
+def start(tmp_path: Path, url: str, outputs: list[Path]) -> list[subprocess.Popen[str]]:
+    """Processes that all begin at the same moment."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    root = str(Path(__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(program), url, str(output)],
+            env={**os.environ, "PYTHONPATH": path, "XDG_CONFIG_HOME": str(tmp_path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for output in outputs
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return processes
+
+
+def measured(url: str) -> list[FrozenTrial]:
+    kept = storage.shared(url)
+    names = [s.study_name for s in optuna.get_all_study_summaries(kept)]
+    trials = optuna.load_study(study_name=names[0], storage=kept).get_trials() if names else []
+    return [t for t in trials if "samples_us" in t.user_attrs]
+
+
+def end(process: subprocess.Popen[str]) -> int:
+    code = process.wait(timeout=120)
+    for stream in (process.stdin, process.stdout):
+        assert stream is not None
+        stream.close()
+    return code
+
+
+def check(url: str, outputs: list[Path]) -> None:
+    """Everything was measured, once, and all know it."""
+    files = [yaml.safe_load(path.read_text()) for path in outputs]
+    variants = Counter(t.params["faulty.variant"] for t in measured(url))
+    assert variants == dict.fromkeys(range(VARIANTS), 1)
+    assert [f["entries"][0]["search"]["tried"] for f in files] == [VARIANTS] * len(files)
+
+
+@pytest.mark.parametrize("kind", ["journal", "database"])
+def test_two_processes_share_one_search(tmp_path: Path, kind: str) -> None:
+    url = str(tmp_path / "study.journal") if kind == "journal" else f"sqlite:///{tmp_path / 'studies.db'}"
+    outputs = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    assert [end(p) for p in start(tmp_path, url, outputs)] == [0, 0]
+    check(url, outputs)
+    assert len({t.user_attrs["owner"] for t in measured(url)}) == 2, "both took part"
+
+
+def test_what_a_killed_process_was_at_is_done_by_the_other(tmp_path: Path) -> None:
+    url = f"journal://{tmp_path / 'study.journal'}"
+    outputs = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    victim, other = start(tmp_path, url, outputs)
+    deadline = time.monotonic() + 100
+    while len(measured(url)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    victim.send_signal(signal.SIGKILL)
+    end(victim)
+    assert end(other) == 0
+    check(url, [outputs[1]])
+    assert not outputs[0].exists()
+
+
+# --- the study, in one process --------------------------------------------------------------------
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *owner: object) -> None:
+    monkeypatch.setattr(study, "_this_process", lambda: json.dumps(owner))
+
+
+def test_nothing_is_suggested_twice(faulty: Space, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    url = str(tmp_path / "study.journal")
+    pretend(monkeypatch, "another machine", 1, 0.0)
+    theirs = Study(faulty, 6, storage.shared(url), shared=True)
+    pretend(monkeypatch, "a third", 1, 0.0)
+    ours = Study(faulty, 6, storage.shared(url), shared=True)
+    asked: list[Candidate] = []
+    for turn in range(6):
+        of = (ours, theirs)[turn % 2]
+        candidate = of.ask()
+        assert candidate is not None
+        asked.append(candidate)
+    assert sorted(asked) == sorted(faulty.feasible)
+    assert ours.ask() is theirs.ask() is None
+    assert ours.elsewhere == 3
+    theirs.tell(asked[1], Timing((7.0,)))
+    ours.refresh()
+    assert ours.results == {asked[1]: Timing((7.0,))}
+    assert (ours.elsewhere, ours.taken) == (2, 5)
+    theirs.release()  # it stops early
+    assert {ours.ask(), ours.ask()} == {asked[3], asked[5]}
+
+
+def test_same_moment(faulty: Space, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both have read that a candidate is free; the one whose trial came first has it."""
+    url = str(tmp_path / "study.journal")
+    pretend(monkeypatch, "another machine", 1, 0.0)
+    theirs = Study(faulty, 6, storage.shared(url), shared=True)
+    pretend(monkeypatch, "a third", 1, 0.0)
+    ours = Study(faulty, 6, storage.shared(url), shared=True)
+    refresh = ours.refresh
+    taken: list[Candidate | None] = []
+
+    def refresh_then_others_ask() -> None:
+        refresh()
+        if not taken:
+            taken.append(theirs.ask())
+
+    monkeypatch.setattr(ours, "refresh", refresh_then_others_ask)
+    first = ours.ask()
+    assert taken[0] == faulty.default
+    assert first is not None
+    assert first != taken[0]
+
+
+@pytest.mark.parametrize(
+    ("owner", "alive"),
+    [
+        (("another machine", 1, 0.0), True),
+        ((platform.node(), 2**22 + 1, 0.0), False),  # no such process
+        ((platform.node(), os.getppid(), 0.0), False),  # its number belongs to another one now
+    ],
+    ids=["elsewhere", "gone", "number used again"],
+)
+def test_who_is_waited_for(
+    faulty: Space, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owner: tuple[object, ...], alive: bool
+) -> None:
+    url = str(tmp_path / "study.journal")
+    pretend(monkeypatch, *owner)
+    theirs = Study(faulty, 6, storage.shared(url), shared=True)
+    candidate = theirs.ask()
+    pretend(monkeypatch, "a third", 1, 0.0)
+    ours = Study(faulty, 6, storage.shared(url), shared=True)
+    assert ours.elsewhere == int(alive)
+    assert (ours.ask() != candidate) == alive
+    # nobody is waited for for ever
+    monkeypatch.setattr(study, "_LEASE", -study._LEASE)
+    ours.refresh()
+    assert ours.elsewhere == 0
+
+
+def test_seeds_that_only_one_machine_knows(faulty: Space, tmp_path: Path) -> None:
+    """Tuning files differ between machines; the search they share must not."""
+    strange = Candidate.make("faulty", {"fault": "none", "variant": 99})
+    feasible, seeds = (*faulty.feasible, strange), (*faulty.seeds, strange)
+    other = dataclasses.replace(faulty, feasible=feasible, seeds=seeds)
+    assert other.fingerprint() == faulty.fingerprint()
+    url = str(tmp_path / "study.journal")
+    for space in (faulty, other):
+        one = Study(space, 6, storage.shared(url), shared=True)
+        asked = one.ask()
+        assert asked is not None
+        one.tell(asked, Timing((1.0,)))
+    assert len(one.results) == 2
+
+
+# --- storage --------------------------------------------------------------------------------------
+
+
+def test_a_line_cut_short_is_dropped(faulty: Space, tmp_path: Path) -> None:
+    journal = tmp_path / "study.journal"
+    first = Study(faulty, 6, storage.shared(str(journal)))
+    candidate = first.ask()
+    assert candidate is not None
+    first.tell(candidate, Timing((5.0,)))
+    with journal.open("ab") as stream:
+        stream.write(b'{"op_code":4,"worker_')
+    again = Study(faulty, 6, storage.shared(str(journal)))
+    assert again.results == {candidate: Timing((5.0,))}
+    other = again.ask()
+    assert other is not None
+    again.tell(other, Timing((6.0,)))
+    assert len(Study(faulty, 6, storage.shared(str(journal))).results) == 2
+
+
+def test_a_private_search_is_for_one_process(tmp_path: Path) -> None:
+    with storage.private(tmp_path, "search", resume=False):
+        assert (tmp_path / "search.journal").exists()
+        with (
+            pytest.raises(storage.StorageFailed, match="--storage"),
+            storage.private(tmp_path, "search", resume=True),
+        ):
+            pass
+    with storage.private(tmp_path, "search", resume=True):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("postgresql+nonsense://me:secret@nowhere/studies", "nonsense"),
+        ("sqlite:////nowhere/at/all/studies.db", "unable to open"),
+        ("nonsense://somewhere", "nonsense"),
+    ],
+)
+def test_storage_that_cannot_be_opened(url: str, words: str) -> None:
+    with pytest.raises(storage.StorageFailed, match=words) as caught:
+        storage.shared(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_closed_trials_are_closed(faulty: Space, tmp_path: Path) -> None:
+    """What a killed process left open does not stay open for ever."""
+    url = str(tmp_path / "study.journal")
+    Study(faulty, 6, storage.shared(url)).ask()
+    resumed = Study(faulty, 6, storage.shared(url))
+    states = [t.state for t in resumed._study.get_trials()]
+    assert states == [TrialState.FAIL]
