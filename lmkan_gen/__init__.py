@@ -5,9 +5,10 @@ Importing this touches neither CUDA nor a compiler; kernels are made when a laye
 
 from lmkan_gen.grid import knots
 from lmkan_gen.layer import LMKAN2DLayer
+from lmkan_gen.model_tuning import tune
 from lmkan_gen.ops import lmkan
 from lmkan_gen.regularization import hessian_regularization
 
 __version__ = "0.1.0"
 
-__all__ = ["LMKAN2DLayer", "__version__", "hessian_regularization", "knots", "lmkan"]
+__all__ = ["LMKAN2DLayer", "__version__", "hessian_regularization", "knots", "lmkan", "tune"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,12 +15,28 @@ from lmkan_gen.cli.options import TableOption, parse_cuda_device, parse_shape
 if TYPE_CHECKING:
     import torch
 
+    from lmkan_gen.problem import LayerShape
+
 
 def tune_command(
     shape: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option("--shape", metavar="IN,OUT,GRIDS,BATCH", help="Sizes of a layer call; repeatable."),
-    ],
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FACTORY",
+            help="Tune for all lmKAN layers of the model that this function returns.",
+        ),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BATCH,...",
+            help="Samples that its layers see; leave out when FACTORY returns (model, sample input).",
+        ),
+    ] = None,
     device: Annotated[
         str, typer.Option(metavar="auto|cpu|cuda[:N]", help="auto: the first GPU, or else the CPU.")
     ] = "auto",
@@ -46,6 +65,13 @@ def tune_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run of the same search.")
     ] = False,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Share the search with all processes that name the same journal file or database.",
+        ),
+    ] = None,
 ) -> None:
     """Find the fastest kernels for layer shapes and write them to a tuning file.
 
@@ -58,10 +84,18 @@ def tune_command(
       lmkan-gen tune --device cuda:1 --shape 512,512,18,65536 --operation forward --preset full
       lmkan-gen tune --shape 64,128,8,4096 --shape 128,10,8,4096 --time-budget 300 --output my_gpu.yaml
       lmkan-gen tune --shape 512,512,18,65536 --preset full --resume
+      lmkan-gen tune --model my_package.networks:make_model --batch 1024
+      lmkan-gen tune --device cuda:1 --shape 512,512,18,65536 --preset full --storage studies.journal
     """
     from lmkan_gen.problem import CALL_OPERATIONS, Operation, TableDtype
 
-    shapes = [parse_shape(s) for s in shape]
+    shapes = [parse_shape(s) for s in shape or []]
+    if model is not None:
+        shapes += _shapes_of_model(model, batch)
+    elif batch is not None:
+        raise typer.BadParameter("a batch goes with a model", param_hint="--batch")
+    if not shapes:
+        raise typer.BadParameter("say what to tune with --shape or --model", param_hint="--shape / --model")
     for s in shapes:
         if s.batch < 1:
             raise typer.BadParameter(f"{s}: the batch must be at least 1 to be timed", param_hint="--shape")
@@ -92,9 +126,52 @@ def tune_command(
             time_budget=time_budget,
             output=target,
             resume=resume,
+            storage_url=storage,
             observer=observer,
         )
     console.print(summary(result.entries, f"{chip.name}, time per call"))
+
+
+def _shapes_of_model(path: str, batches: str | None) -> list[LayerShape]:
+    """Shapes of the layer calls of the model that the function at ``path`` makes."""
+    from lmkan_gen.model_tuning import layer_calls, layer_shapes
+
+    made = _import(path)()
+    model, *sample = made if isinstance(made, tuple) else (made,)
+    if not hasattr(model, "modules") or len(sample) > 1:
+        raise typer.BadParameter(
+            f"{path} returned {made!r:.80}; it must return a model, or a model and its sample input",
+            param_hint="--model",
+        )
+    if sample:
+        if batches is not None:
+            raise typer.BadParameter(f"{path} returns a sample input; leave it out", param_hint="--batch")
+        return layer_calls(model, sample[0])
+    if batches is None:
+        raise typer.BadParameter(
+            f"give the samples that layers see; or let {path} return (model, sample input)",
+            param_hint="--batch",
+        )
+    fields = batches.split(",")
+    if not all(f.strip().isdecimal() for f in fields):
+        raise typer.BadParameter(f"{batches!r} is not a list such as 64,1024", param_hint="--batch")
+    return layer_shapes(model, [int(f) for f in fields])
+
+
+def _import(path: str) -> Callable[[], Any]:
+    name, _, attribute = path.partition(":")
+    if not name or not attribute:
+        raise typer.BadParameter(f"{path!r} is not MODULE:FACTORY", param_hint="--model")
+    if "" not in sys.path:  # a console script does not see modules in the current directory
+        sys.path.insert(0, "")
+    try:
+        found = getattr(import_module(name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise typer.BadParameter(f"{path}: {error}", param_hint="--model") from error
+    if not callable(found):
+        raise typer.BadParameter(f"{path} is no function", param_hint="--model")
+    factory: Callable[[], Any] = found
+    return factory
 
 
 def _device(text: str) -> torch.device:

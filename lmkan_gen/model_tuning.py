@@ -1,0 +1,145 @@
+"""Tuning for a model: which lmKAN layer calls it makes, and the fastest kernels for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lmkan_gen.layer import LMKAN2DLayer
+from lmkan_gen.problem import LayerShape
+
+if TYPE_CHECKING:
+    from lmkan_gen.tuner.progress import Observer
+    from lmkan_gen.tuning_file import TuningFile
+
+
+def tune(
+    model: nn.Module,
+    sample_input: Any,
+    *,
+    forward_only: bool = False,
+    trials: int | None = None,
+    time_budget: float | None = None,
+    output: Path | None = None,
+    resume: bool = False,
+    storage_url: str | None = None,
+    observer: Observer | None = None,
+) -> TuningFile:
+    """Find the fastest kernels for all lmKAN layers of a model, where it is, at its sizes.
+
+    The model runs once, in evaluation mode and without gradients, to see which calls it makes; each
+    distinct shape is then tuned. Layers find the results by themselves, the model's from its next call on.
+    In scripts call it under ``if __name__ == "__main__":``, since it starts a measuring process.
+
+    Args:
+        model: holds `LMKAN2DLayer` modules, all on one device.
+        sample_input: of the size that matters later: a tuple becomes positional arguments, a mapping
+            keyword arguments, anything else the only argument.
+        forward_only: leave gradients out, for inference.
+        trials: candidates to try per shape and operation; by default those of the quick preset.
+        time_budget: seconds for all of it; None: as long as it takes.
+        output: tuning file to write or add to; by default one that layers find.
+        resume: go on with what an earlier, interrupted run of the same search measured.
+        storage_url: share the search with other processes; see `lmkan_gen.tuner.run.tune`.
+        observer: hears of the progress, such as `lmkan_gen.tuner.report.ConsoleObserver`.
+
+    Returns:
+        The entries of this run.
+
+    Raises:
+        ValueError: the model has no such layer, or calls none with a batch of at least 1, or has them on
+            several devices.
+        lmkan_gen.tuner.run.TuningFailed: no kernel could be tuned.
+    """
+    from lmkan_gen.problem import CALL_OPERATIONS, Operation
+    from lmkan_gen.tuner import run
+
+    shapes = layer_calls(model, sample_input)
+    if not shapes:
+        raise ValueError("the model calls none of its lmKAN layers with this sample input")
+    operations = (Operation.FORWARD,) if forward_only else CALL_OPERATIONS
+    return run.tune(
+        shapes,
+        device_of(model),
+        operations,
+        trials=trials or run.QUICK_TRIALS,
+        time_budget=time_budget,
+        output=output,
+        resume=resume,
+        storage_url=storage_url,
+        observer=observer,
+    )
+
+
+def layers(model: nn.Module) -> list[LMKAN2DLayer]:
+    """The lmKAN layers of a model, each once.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [module for module in model.modules() if isinstance(module, LMKAN2DLayer)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no LMKAN2DLayer to tune for")
+    return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's lmKAN layers are.
+
+    Raises:
+        ValueError: on several devices, or there are no such layers.
+    """
+    devices = {layer.func_parameter.device for layer in layers(model)}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"the model's lmKAN layers are on {names}; move them to one device to tune them")
+    return devices.pop()
+
+
+def layer_shapes(model: nn.Module, batches: Iterable[int]) -> list[LayerShape]:
+    """Distinct shapes of the model's layers, for each batch; for models whose layers all see one batch."""
+    found = {
+        LayerShape(layer.input_dim, layer.output_dim, layer.num_grids, batch): None
+        for batch in batches
+        for layer in layers(model)
+    }
+    return list(found)
+
+
+def layer_calls(model: nn.Module, sample_input: Any) -> list[LayerShape]:
+    """Distinct shapes with which the model calls its lmKAN layers, in the order of the calls.
+
+    The model is left as it was. Calls with a batch of 0 do not count.
+
+    Raises:
+        ValueError: it has no such layer.
+    """
+    found: dict[LayerShape, None] = {}
+
+    def note(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        assert isinstance(layer, LMKAN2DLayer)
+        x = inputs[0] if inputs else named.get("x")
+        if isinstance(x, Tensor) and x.dim() == 2 and x.shape[1]:  # the layer itself refuses others
+            found[LayerShape(layer.input_dim, layer.output_dim, layer.num_grids, x.shape[1])] = None
+
+    training = {module: module.training for module in model.modules()}
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers(model)]
+    try:
+        model.eval()
+        with torch.no_grad():
+            if isinstance(sample_input, tuple):
+                model(*sample_input)
+            elif isinstance(sample_input, Mapping):
+                model(**sample_input)
+            else:
+                model(sample_input)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, was in training.items():
+            module.training = was
+    return list(found)
