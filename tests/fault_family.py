@@ -12,6 +12,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
+import torch
+
 from lmkan_gen.families.base import Parameters, Violation
 from lmkan_gen.families.row_vector import RowVector
 from lmkan_gen.plan import Constant, Fill, KernelSpec, LaunchPlan
@@ -72,6 +75,10 @@ class Faulty(RowVector):
                 raise RuntimeError("made to fail")
             case "memory":
                 raise MemoryError("made to need too much")
+            case "eats":
+                _ = [np.empty(1 << 28, np.uint8) for _ in range(4096)]  # a TiB
+            case "eats tensors":
+                torch.empty(1 << 42, dtype=torch.uint8)
             case "slow":
                 time.sleep(0.01)
         return plan

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from lmkan_gen import device as devices
-from lmkan_gen import families, reference, selection
+from lmkan_gen import families, reference, selection, toolchain
 from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.selection import Tier, select
 from lmkan_gen.tuner import search, storage
+from lmkan_gen.tuner import worker as worker_module
 from lmkan_gen.tuner.measure import Timing, measure
 from lmkan_gen.tuner.progress import Observer, Progress
 from lmkan_gen.tuner.run import TuningFailed, tune
@@ -319,6 +324,8 @@ def measured(worker: Worker, fault: str) -> Timing:
         ("exit", "crash", "exit code 3"),
         ("raise", "error", "RuntimeError: made to fail"),
         ("memory", "memory", "too much"),
+        ("eats", "memory", "allocate"),
+        ("eats tensors", "memory", "allocate"),
     ],
 )
 def test_a_failure_costs_one_candidate(worker: Worker, fault: str, reason: str, words: str) -> None:
@@ -328,6 +335,21 @@ def test_a_failure_costs_one_candidate(worker: Worker, fault: str, reason: str, 
     assert measured(worker, "none").median > 0
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "memory"),
+        (RuntimeError("CUDA driver error 2 (out of memory) while launching lmkan_forward"), "memory"),
+        (RuntimeError("CUDA driver error 700 (an illegal memory access was encountered)"), "error"),
+        (RuntimeError("CUDA error: unspecified launch failure"), "error"),
+    ],
+)
+def test_a_process_is_not_used_after_an_error_on_a_gpu(error: Exception, reason: str) -> None:
+    """An illegal access makes all that follows in its process fail."""
+    failure = worker_module._failure(error, torch.device("cuda"))
+    assert (failure.reason, failure.fatal) == (reason, True)
+
+
 def test_a_hang_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     with Worker(CPU, candidate_s=4.0) as worker:
         with pytest.raises(Rejected, match="no answer within 4 s") as caught:
@@ -335,6 +357,111 @@ def test_a_hang_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert caught.value.reason == "timeout"
         assert not multiprocessing.active_children()
         assert measured(worker, "none").median > 0
+
+
+# --- the search -----------------------------------------------------------------------------------
+
+
+class FakeWorker:
+    """Times candidates by a formula with noise, and notes what is asked of it."""
+
+    def __init__(self, seed: int, noise: float) -> None:
+        self._random, self._noise = random.Random(seed), noise
+        self.asked: list[tuple[int, bool]] = []
+
+    def measure(
+        self,
+        problem: Problem,
+        family: Faulty,
+        parameters: dict[str, int],
+        *,
+        check: bool,
+        best_us: float | None,
+    ) -> Timing:
+        variant = parameters["variant"]
+        self.asked.append((variant, check))
+        median = true_us(variant) * self._random.gauss(1.0, self._noise)
+        return Timing(tuple(median * self._random.gauss(1.0, self._noise) for _ in range(9)))
+
+    def time_reference(self, problem: Problem) -> None:
+        return None
+
+
+def true_us(variant: int) -> float:
+    """A rugged landscape, whose variant 0, the default, is 30 % off its best."""
+    return 100.0 * (1.3 if variant == 0 else 1.0 + 0.01 * (variant * 37 % 50))
+
+
+def search_with(worker: Any, directory: Path, trials: int) -> Entry:
+    space = explore(PROBLEM)
+    study = study_of(space, trials, directory, resume=False)
+    nothing = toolchain.Binary(Path("kernel.so"), Path(), Path(), "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toolchain, "build", lambda specs: [nothing] * len(specs))
+        found = search.ProblemSearch(
+            space, study, worker, trials, None, lambda *_: None, lambda *_: None
+        ).run()
+    assert found is not None
+    return found
+
+
+def test_finalists_and_default_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, Faulty(("none",), variants=8))
+    worker = FakeWorker(0, 0.0)
+    entry = search_with(worker, tmp_path, 8)
+    ranking = [variant for variant, check in worker.asked if not check]
+    best = sorted(range(1, 8), key=true_us)[:3]
+    assert ranking == [*best, 0] * 3
+    assert entry.parameters["variant"] == best[0]
+    assert entry.time_us.default == pytest.approx(130.0)
+
+
+@pytest.mark.parametrize("noise", [0.002, 0.01])
+def test_tuning_twice_gives_equally_fast_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, noise: float
+) -> None:
+    """Whatever the noise of a measurement: true times of the winners are within 3 %."""
+    use(monkeypatch, Faulty(("none",), variants=50))
+    winners = [search_with(FakeWorker(seed, noise), tmp_path, 50).parameters["variant"] for seed in range(20)]
+    times = [true_us(int(v)) for v in winners]
+    assert max(times) <= 1.03 * min(times)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_next_candidates_compile_while_a_gpu_measures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: Literal["cpu", "cuda"]
+) -> None:
+    """On a CPU they do not: compilers would take the cores that are timed."""
+    use(monkeypatch, Faulty(("none",), variants=16))
+    events: list[str] = []
+    compiled = threading.Semaphore(0)
+
+    def build(specs: list[object]) -> list[toolchain.Binary]:
+        events.append("build")
+        compiled.release()
+        return [toolchain.Binary(Path("kernel.so"), Path(), Path(), "")] * len(specs)
+
+    class Watching(FakeWorker):
+        def measure(self, *args: Any, **named: Any) -> Timing:
+            if kind == "cuda" and len(self.asked) % 4 == 0 and len(self.asked) < 12:
+                assert compiled.acquire(timeout=30), "nothing is compiled meanwhile"
+            events.append("measure")
+            return super().measure(*args, **named)
+
+    space = explore(PROBLEM)
+    study = study_of(space, 16, tmp_path, resume=False)
+    problem = dataclasses.replace(PROBLEM, device=dataclasses.replace(PROBLEM.device, kind=kind))
+    space = dataclasses.replace(space, problem=problem)
+    monkeypatch.setattr(toolchain, "build", build)
+    monkeypatch.setattr(search, "usable_cores", lambda: 4)
+    if kind == "cuda":
+        compiled.acquire(blocking=False)
+    worker: Any = Watching(0, 0.0)
+    search.ProblemSearch(space, study, worker, 16, None, lambda *_: None, lambda *_: None).run()
+    assert events.count("build") == 4
+    if kind == "cpu":
+        rounds = [e for e, before in zip(events, ["", *events], strict=False) if e != before]
+        assert rounds == ["build", "measure"] * 4
 
 
 # --- whole runs -----------------------------------------------------------------------------------

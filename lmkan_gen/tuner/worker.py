@@ -235,7 +235,7 @@ def _limit_memory() -> None:
     """
     with suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (available_memory(), hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (int(0.9 * available_memory()), hard))
 
 
 def _answer(bench: Bench, request: _Measure | _Reference) -> Timing | float | None:
@@ -252,6 +252,6 @@ def _failure(error: Exception, device: torch.device) -> _Failure:
     if isinstance(error, ToolchainError):
         return _Failure("compile", str(error), fatal=False)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(str(error)):
-        return _Failure("memory", str(error), fatal=True)
+        return _Failure("memory", str(error) or type(error).__name__, fatal=True)
     # on a GPU, an error of a kernel makes all that follows in its process fail
     return _Failure("error", f"{type(error).__name__}: {error}", fatal=device.type == "cuda")
