@@ -22,7 +22,7 @@ help:
 	@echo "make test-gpu  only the tests that need an NVIDIA GPU"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff rewrite the sources"
-	@echo "make golden    render the kernels of the shipped tuning files into generated/"
+	@echo "make golden    write generated/ (shipped kernels) and tuning/schema.json anew"
 	@echo "make clean     remove .venv, caches and build outputs"
 
 # The stamp is touched last: an interrupted installation starts over.
@@ -52,6 +52,7 @@ format: $(READY)
 
 golden: $(READY)
 	$(BIN)/python -m lmkan_gen.golden
+	$(BIN)/python -m lmkan_gen.tuning_schema
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

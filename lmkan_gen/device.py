@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -136,3 +137,8 @@ def of(device: torch.device) -> Device:
     if device.type == "cuda":
         return cuda(device.index if device.index is not None else torch.cuda.current_device())
     raise ValueError(f"device {device} is not supported; move the layer to cpu or cuda")
+
+
+def slug(name: str) -> str:
+    """A device's name as part of a file's: ``NVIDIA H200`` -> ``nvidia_h200``."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")

@@ -14,6 +14,7 @@ from itertools import product
 from types import MappingProxyType
 
 from lmkan_gen.families import Demand, Family, Parameters, families, family
+from lmkan_gen.freshness import is_stale
 from lmkan_gen.plan import Constant
 from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuning_sources import (
@@ -70,6 +71,7 @@ class Choice:
         tuned_for: the shape that the parameters were measured on; None when they were not.
         cost: measured picoseconds per function evaluation there; compares choices that were tuned
             for one shape. None when not measured.
+        stale: whether the kernel's source has changed since it was measured on this device.
     """
 
     problem: Problem
@@ -80,6 +82,7 @@ class Choice:
     time_us: float | None = None
     tuned_for: LayerShape | None = None
     cost: float | None = None
+    stale: bool = False
 
     def describe(self) -> str:
         """One line: what runs, and why."""
@@ -90,7 +93,7 @@ class Choice:
             what = f"{self.family}({settings})"
         time = f", {self.time_us:.1f} us" if self.time_us is not None else ""
         tuned_for = f", tuned for {self.tuned_for}" if self.tier is Tier.NEAREST_SHAPE else ""
-        tier = self.tier.replace("_", " ")
+        tier = self.tier.replace("_", " ") + (", kernels changed since" if self.stale else "")
         table = "" if p.table is TableDtype.FLOAT32 else f" with {p.table} tables"
         why = f"{tier}{tuned_for}, {self.source}{time}"
         return f"{p.operation} {p.shape}{table} on {p.device.name}: {what} [{why}]"
@@ -171,6 +174,7 @@ def tuned_choices(problem: Problem) -> Iterator[Choice]:
             str(found.source.path),
             time_us=entry.time_us.median if tier is Tier.EXACT else None,
             tuned_for=entry.shape.layer,
+            stale=found.same_device and is_stale(entry, replace(problem, shape=entry.shape.layer)),
             cost=1e6 * entry.time_us.median / entry.shape.layer.evaluations,
         )
 
@@ -193,9 +197,10 @@ def _choice(
     time_us: float | None = None,
     tuned_for: LayerShape | None = None,
     cost: float | None = None,
+    stale: bool = False,
 ) -> Choice:
     frozen = MappingProxyType(dict(parameters))
-    return Choice(problem, name, frozen, tier, source, time_us, tuned_for, cost)
+    return Choice(problem, name, frozen, tier, source, time_us, tuned_for, cost, stale)
 
 
 @lru_cache(maxsize=4096)
@@ -425,7 +430,9 @@ def _announce(choice: Choice) -> None:
     _announced.add(news)
     if choice.tier is Tier.REFERENCE:
         warnings.warn(f"{choice.describe()}; it is correct but slow", stacklevel=4)
-    elif choice.tier in (Tier.EXACT, Tier.DEMANDED) or p.operation not in CALL_OPERATIONS:
+    elif p.operation not in CALL_OPERATIONS or (
+        choice.tier in (Tier.EXACT, Tier.DEMANDED) and not choice.stale
+    ):
         logger.debug("%s", choice.describe())
     else:
         logger.info("%s; to tune it: %s", choice.describe(), tune_command(p))

@@ -23,6 +23,10 @@ from lmkan_gen.plan import Constant
 from lmkan_gen.problem import LayerShape, Operation, TableDtype
 
 SCHEMA: Literal[1] = 1
+#: name of the JSON Schema that lies beside the shipped files
+SCHEMA_FILE = "schema.json"
+#: tells editors where it is
+_MODELINE = f"# yaml-language-server: $schema={SCHEMA_FILE}\n"
 _MAX_REPORTED = 20
 
 
@@ -124,13 +128,17 @@ class Search(_Model):
 
 
 class Entry(_Model):
-    """The fastest kernel found for one operation on one shape."""
+    """The fastest kernel found for one operation on one shape.
+
+    ``source`` begins the SHA-256 of the rendered kernel that was timed (see `lmkan_gen.freshness`).
+    """
 
     operation: Annotated[Operation, Field(strict=False)]
     shape: ShapeRecord
     dtypes: Dtypes
     family: str
     parameters: dict[str, Constant]
+    source: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
     time_us: Times
     search: Search
 
@@ -264,6 +272,8 @@ def dump(file: TuningFile) -> str:
     content["entries"] = [e.model_dump(mode="json") for e in entries]
     for entry in content["entries"]:
         entry["parameters"] = dict(sorted(entry["parameters"].items()))
+        if entry["source"] is None:
+            del entry["source"]
         entry["search"]["rejected"] = dict(sorted(entry["search"]["rejected"].items()))
     # default_flow_style=None puts the innermost mappings on one line each
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
@@ -280,6 +290,8 @@ def save(path: Path, file: TuningFile) -> None:
     temporary = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            if (path.parent / SCHEMA_FILE).is_file():
+                stream.write(_MODELINE)
             stream.write(dump(file))
         temporary.chmod(0o644)  # mkstemp makes it private; a tuning file is there to be shared
         os.replace(temporary, path)

@@ -24,6 +24,7 @@ from lmkan_gen.toolchain import host, nvcc, store
 SHAPE = "64,48,8,1000"
 VERBS = [
     ["tune"],
+    ["report"],
     ["build"],
     ["inspect"],
     ["limits"],
@@ -284,6 +285,9 @@ def test_doctor_runs_a_layer_and_says_why(run: Run) -> None:
     assert torch.__version__ in found["torch"]["detail"]
     assert found["C++ compiler"]["status"] == "ok"
     assert found["nvcc"]["status"] == "ok"
+    if not torch.cuda.is_available():
+        assert found["CUDA kernels"]["detail"].startswith("sm_90: nvcc")
+        assert "the first that knows sm_90" in found["CUDA kernels"]["detail"]
     layer = found["sample layer on cpu"]
     assert layer["status"] == "ok"
     assert all(f"{o} 128,128,8,1024" in layer["detail"] for o in ("forward", "grad_input", "grad_table"))
@@ -305,6 +309,8 @@ def test_doctor_on_a_bare_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert found["C++ compiler"]["status"] == "missing"
     assert host.ADVICE in found["C++ compiler"]["detail"]
     assert found["nvcc"]["status"] == "missing"
+    way = found["CUDA kernels"]["detail"]
+    assert ("because of no nvcc" in way) if found["NVRTC"]["status"] == "ok" else ("plain torch" in way)
     layer = found["sample layer on cpu"]
     assert layer["status"] == "problem"
     assert "plain torch ran instead" in layer["detail"]

@@ -16,6 +16,7 @@ from lmkan_gen.cli.configs import configs_app
 from lmkan_gen.cli.doctor import doctor_command
 from lmkan_gen.cli.inspect import inspect_command
 from lmkan_gen.cli.limits import limits_command
+from lmkan_gen.cli.report import report_command
 from lmkan_gen.cli.tune import tune_command
 
 __all__ = ["app", "main"]
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("tune", no_args_is_help=True)(tune_command)
+app.command("report")(report_command)
 app.command("build", no_args_is_help=True)(build_command)
 app.command("inspect", no_args_is_help=True)(inspect_command)
 app.command("limits", no_args_is_help=True)(limits_command)

@@ -10,12 +10,14 @@ import typer
 if TYPE_CHECKING:
     from lmkan_gen.tuning_file import TuningFile
 
-configs_app = typer.Typer(help="List, show and validate tuning files.", no_args_is_help=True)
+configs_app = typer.Typer(help="List, show, validate and export tuning files.", no_args_is_help=True)
 
 
 @configs_app.command("list")
 def list_command() -> None:
     """List the tuning files in the order in which they are asked.
+
+    Stale entries were measured with other kernel sources than there are now: tune them again.
 
     \b
     Examples:
@@ -25,20 +27,22 @@ def list_command() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from lmkan_gen.freshness import stale_entries
     from lmkan_gen.selection import TUNING_VARIABLE, sources, user_tuning_directory
     from lmkan_gen.tuning_file import TuningFileError, load
 
     table = Table()
-    for heading in ("found in", "device", "arch", "entries", "file"):
+    for heading in ("found in", "device", "arch", "entries", "stale", "file"):
         table.add_column(heading, overflow="fold")
     found = sources()
     for source in found:
         try:
             file = load(source.path)
         except TuningFileError:
-            row = ("not valid", "-", "-")
+            row = ("not valid", "-", "-", "-")
         else:
-            row = (file.device.name, file.device.arch, str(len(file.entries)))
+            stale = str(len(stale_entries(file)) or "-")
+            row = (file.device.name, file.device.arch, str(len(file.entries)), stale)
         table.add_row(source.origin, *row, str(source.path))
     if found:
         Console().print(table)
@@ -89,6 +93,7 @@ def validate_command(
       lmkan-gen configs validate
       lmkan-gen configs validate ./my_gpu.yaml
     """
+    from lmkan_gen.freshness import stale_entries
     from lmkan_gen.selection import sources
     from lmkan_gen.tuning_file import TuningFileError, load
 
@@ -102,11 +107,50 @@ def validate_command(
             typer.echo(str(error), err=True)
         else:
             typer.echo(f"{path}: valid, {len(file.entries)} entries for {file.device.name}")
+            for entry in stale_entries(file):
+                typer.echo(f"  stale: {entry.operation} {entry.shape.layer}, its kernel has changed since")
     if invalid:
         typer.echo(f"{invalid} of {len(paths)} files are not valid", err=True)
         raise typer.Exit(1)
     if not paths:
         typer.echo("no tuning files to check")
+
+
+@configs_app.command("export", no_args_is_help=True)
+def export_command(
+    name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A file, or a listed one's name.")],
+    output: Annotated[
+        Path,
+        typer.Option(file_okay=False, help="Directory to write to, such as a checkout's tuning/."),
+    ] = Path("tuning"),
+) -> None:
+    """Make a file that is ready to be contributed: checked, named after the device, added to what ships.
+
+    Entries replace shipped ones for the same calls; what was measured with other kernel sources is refused.
+
+    \b
+    Examples:
+      lmkan-gen configs export nvidia_geforce_rtx_4090
+      lmkan-gen configs export ./my_gpu.yaml --output /tmp
+    """
+    from lmkan_gen.export import export
+
+    path, added, total = export(_find(name), output)
+    typer.echo(f"{path}: {added} entries new or better founded, {total} in all")
+    typer.echo("next: make golden, then make test, then a pull request (docs/contributing-a-gpu.md)")
+
+
+@configs_app.command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of tuning files, for editors.
+
+    \b
+    Example:
+      lmkan-gen configs schema > schema.json
+    """
+    from lmkan_gen.tuning_schema import text
+
+    typer.echo(text(), nl=False)
 
 
 def _find(name: str) -> Path:

@@ -86,6 +86,7 @@ def _probes() -> Iterator[_Probe]:
     yield "GPUs", _gpus
     yield "nvcc", _nvcc
     yield "NVRTC", _nvrtc
+    yield "CUDA kernels", _cuda_path
     yield "C++ compiler", _host_compiler
     yield "ninja", _ninja
     yield "kernel cache", _cache
@@ -171,6 +172,45 @@ def _nvrtc() -> str:
         raise _Missing(str(error)) from None
 
 
+def _cuda_path() -> str:
+    """Which way CUDA kernels are compiled here, and why."""
+    import os
+
+    import torch
+
+    from lmkan_gen.device import cuda
+    from lmkan_gen.plan import KernelSpec
+    from lmkan_gen.toolchain import CompilerMissing, compiler, nvcc
+
+    here = [cuda(i).arch for i in range(torch.cuda.device_count())]
+    lines = []
+    for arch in dict.fromkeys(here) or ("sm_90",):
+        try:
+            found = compiler(KernelSpec.make("any.cu.j2", arch, {}))
+        except CompilerMissing as error:
+            raise _Missing(f"{arch}: plain torch, since nothing compiles for it: {error}") from None
+        if not found.identity.startswith("nvcc"):
+            why = _why_no_nvcc(arch)
+        elif named := os.environ.get(nvcc.OVERRIDE):
+            why = f"named by {nvcc.OVERRIDE}={named}"
+        else:
+            why = f"the first that knows {arch}: {found.executable[0]}"
+        lines.append(f"{arch}: {found.identity}, {why}")
+    if not here:
+        lines.append("there is no GPU here; an example")
+    return "\n".join(lines)
+
+
+def _why_no_nvcc(arch: str) -> str:
+    from lmkan_gen.toolchain import CompilerMissing, nvcc
+
+    try:
+        nvcc.find(arch)
+    except CompilerMissing as error:
+        return f"because of {str(error).split(';')[0]}"
+    return "preferred"
+
+
 def _host_compiler() -> str:
     from lmkan_gen.toolchain import CompilerMissing, host
 
@@ -210,10 +250,13 @@ def _tuning_file_probes() -> list[_Probe]:
 
 
 def _tuning_file(source: Source) -> str:
+    from lmkan_gen.freshness import stale_entries
     from lmkan_gen.tuning_file import load
 
     file = load(source.path)
-    return f"{source.path}: {file.device.name}, {len(file.entries)} entries"
+    stale = len(stale_entries(file))
+    words = f", {stale} of them measured with other kernel sources: tune them again" if stale else ""
+    return f"{source.path}: {file.device.name}, {len(file.entries)} entries{words}"
 
 
 def _sample_layer_probes() -> list[_Probe]:

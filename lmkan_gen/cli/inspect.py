@@ -1,21 +1,16 @@
-"""`lmkan-gen inspect`: read the kernel that a layer call would run."""
+"""`lmkan-gen inspect`: read the kernel that a layer call would run; compare tuning files."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lmkan_gen.cli.options import (
-    OperationName,
-    ShapeOption,
-    TableOption,
-    TargetOption,
-    parse_shape,
-    parse_target,
-)
+from lmkan_gen.cli.options import OperationName, TableOption, parse_shape, parse_target
 
 if TYPE_CHECKING:
+    from lmkan_gen.compare import Difference
     from lmkan_gen.plan import LaunchPlan
     from lmkan_gen.selection import Choice
     from lmkan_gen.toolchain import Binary
@@ -24,8 +19,12 @@ What = Literal["source", "ptx", "sass", "resources", "choice"]
 
 
 def inspect_command(
-    target: TargetOption,
-    shape: ShapeOption,
+    target: Annotated[
+        str | None, typer.Option(metavar="TARGET", help="cpu (this machine's) or sm_75 ... sm_120.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(metavar="IN,OUT,GRIDS,BATCH", help="Sizes of the layer call.")
+    ] = None,
     operation: Annotated[
         OperationName,
         typer.Option(help="backward: the kernels for both gradients, one fused or two."),
@@ -37,6 +36,10 @@ def inspect_command(
             help="source and choice need neither GPU nor compiler; the others need nvcc and an sm_XY target."
         ),
     ] = "source",
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A.yaml B.yaml", help="Compare two tuning files instead."),
+    ] = None,
 ) -> None:
     """Print the kernel a layer call would run on a target, or why that one was chosen.
 
@@ -46,7 +49,18 @@ def inspect_command(
       lmkan-gen inspect --target sm_86 --shape 64,64,8,1024 --what choice
       lmkan-gen inspect --target cpu --shape 64,64,8,1024 --operation backward
       lmkan-gen inspect --target sm_120 --shape 64,64,8,1024 --what resources
+      lmkan-gen inspect --diff before.yaml after.yaml
     """
+    if diff is not None:
+        if target is not None or shape is not None:
+            raise typer.BadParameter("goes without --target and --shape", param_hint="--diff")
+        _print_differences(*diff)
+        return
+    if target is None:
+        raise typer.BadParameter("say for which device", param_hint="--target")
+    if shape is None:
+        raise typer.BadParameter("say for which layer call", param_hint="--shape")
+
     from lmkan_gen.problem import Operation, Problem, TableDtype
     from lmkan_gen.selection import select, select_backward
 
@@ -61,6 +75,43 @@ def inspect_command(
     for choice in choices:
         typer.echo(f"// {choice.describe()}")
         typer.echo(_text(choice, what))
+
+
+def _print_differences(a: Path, b: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from lmkan_gen.compare import compare
+    from lmkan_gen.tuner.report import duration
+    from lmkan_gen.tuning_file import load
+
+    one, two = load(a), load(b)
+    console = Console()
+    devices = [f"{file.device.name} ({file.device.arch})" for file in (one, two)]
+    if devices[0] != devices[1]:
+        console.print(f"A is of {devices[0]}, B of {devices[1]}", highlight=False, soft_wrap=True)
+    table = Table(title=f"A = {a}, B = {b}")
+    for heading in ("call", "shape"):
+        table.add_column(heading)
+    for heading in ("A", "B", "B faster"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("kernel, A -> B", overflow="fold")
+    for d in compare(one, two):
+        entry = d.a or d.b
+        assert entry is not None
+        times = [duration(e.time_us.median) if e else "-" for e in (d.a, d.b)]
+        table.add_row(entry.operation, str(entry.shape.layer), *times, *_words(d))
+    console.print(table)
+
+
+def _words(d: Difference) -> tuple[str, str]:
+    """How much faster, and what is different in the kernel."""
+    if d.speedup is None:
+        return "-", f"only in {'A' if d.b is None else 'B'}"
+    changes = ", ".join(
+        f"{name} {'-' if a is None else a} -> {'-' if b is None else b}" for name, (a, b) in d.changes.items()
+    )
+    return f"{d.speedup:.2f}x{' (noise)' if d.is_noise else ''}", changes or "the same"
 
 
 def _text(choice: Choice, what: What) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -15,12 +15,6 @@ OperationName = Literal["forward", "backward", "grad_input", "grad_table", "hess
 TableOption = Annotated[
     Literal["float32", "float16", "bfloat16", "int8"],
     typer.Option(help="Element type of the tables; the narrow ones are for CUDA."),
-]
-TargetOption = Annotated[
-    str, typer.Option("--target", metavar="TARGET", help="cpu (this machine's) or sm_75 ... sm_120.")
-]
-ShapeOption = Annotated[
-    str, typer.Option("--shape", metavar="IN,OUT,GRIDS,BATCH", help="Sizes of the layer call.")
 ]
 
 

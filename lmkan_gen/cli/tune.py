@@ -130,6 +130,7 @@ def tune_command(
             observer=observer,
         )
     console.print(summary(result.entries, f"{chip.name}, time per call"))
+    console.print("lmkan-gen report writes a page about this run", highlight=False)
 
 
 def _shapes_of_model(path: str, batches: str | None) -> list[LayerShape]:

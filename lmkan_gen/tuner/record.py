@@ -11,12 +11,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from lmkan_gen.plan import Constant
+from lmkan_gen.problem import Operation
 from lmkan_gen.toolchain import store
 from lmkan_gen.tuner.measure import Timing
 from lmkan_gen.tuner.roofline import Peaks
 from lmkan_gen.tuner.space import Candidate, Space
 from lmkan_gen.tuner.worker import Rejected
-from lmkan_gen.tuning_file import DeviceRecord, Entry, Provenance
+from lmkan_gen.tuning_file import DeviceRecord, Entry, Provenance, Search, ShapeRecord, Times
 
 
 class _Record(BaseModel):
@@ -48,6 +49,17 @@ class Trial(_Record):
         )
 
 
+class Winner(_Record):
+    """What an entry says, free of its demand that the family still has these parameters."""
+
+    operation: Operation
+    shape: ShapeRecord
+    family: str
+    parameters: dict[str, Constant]
+    time_us: Times
+    search: Search
+
+
 class ProblemRecord(_Record):
     """The search of one problem.
 
@@ -56,7 +68,7 @@ class ProblemRecord(_Record):
     is wall-clock time, compilation included.
     """
 
-    entry: Entry
+    entry: Winner
     default: Trial | None
     feasible: int
     pruned: dict[str, int]
@@ -76,7 +88,14 @@ class ProblemRecord(_Record):
         """The record of a finished search."""
         default = space.default
         return cls(
-            entry=entry,
+            entry=Winner(
+                operation=entry.operation,
+                shape=entry.shape,
+                family=entry.family,
+                parameters=entry.parameters,
+                time_us=entry.time_us,
+                search=entry.search,
+            ),
             default=Trial.of(default, results[default]) if default and default in results else None,
             feasible=len(space.feasible),
             pruned=dict(space.rejected),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -113,12 +112,7 @@ def tune(
 
 def default_output(chip: devices.Device) -> Path:
     """The file in the user's tuning directory named after the device, where layers find it."""
-    return selection.user_tuning_directory() / f"{slug(chip.name)}.yaml"
-
-
-def slug(name: str) -> str:
-    """A device's name as part of a file's: ``NVIDIA H200`` -> ``nvidia_h200``."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    return selection.user_tuning_directory() / f"{devices.slug(chip.name)}.yaml"
 
 
 def journal_directory() -> Path:
@@ -229,7 +223,7 @@ class _Run:
             peaks=self.peaks,
             problems=tuple(self.records),
         )
-        name = f"{self.started:%Y%m%d-%H%M%S-%f}-{slug(result.device.name)}.json"
+        name = f"{self.started:%Y%m%d-%H%M%S-%f}-{devices.slug(result.device.name)}.json"
         record.save(record.directory() / name, run)
 
 

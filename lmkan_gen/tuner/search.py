@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from lmkan_gen import toolchain
 from lmkan_gen.families import family
+from lmkan_gen.freshness import source_digest
 from lmkan_gen.machine import usable_cores
 from lmkan_gen.toolchain import CompilerMissing, ToolchainError
 from lmkan_gen.tuner.measure import Timing
@@ -191,6 +192,7 @@ class ProblemSearch:
             dtypes=Dtypes(table=self._problem.table),
             family=best.family,
             parameters=best.parameters,
+            source=source_digest(best.spec(self._problem)),
             time_us=Times(
                 median=_rounded(times[best].median),
                 iqr=_rounded(times[best].iqr),

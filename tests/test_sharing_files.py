@@ -1,0 +1,279 @@
+"""Tuning files that travel: what is stale is noticed, editors know the schema, contributions are checked."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from lmkan_gen import cli, resources, selection, tuning_schema
+from lmkan_gen import device as devices
+from lmkan_gen.export import export
+from lmkan_gen.families import family
+from lmkan_gen.freshness import source_digest, stale_entries
+from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.selection import Tier, select
+from lmkan_gen.tuning_file import (
+    Dtypes,
+    Entry,
+    Provenance,
+    Search,
+    ShapeRecord,
+    Times,
+    TuningFile,
+    TuningFileError,
+    load,
+    save,
+)
+
+GPU = devices.target("sm_89")
+SHAPE = LayerShape(64, 64, 8, 4096)
+PROBLEM = Problem(Operation.FORWARD, SHAPE, GPU)
+
+
+Run = Callable[..., tuple[int, str]]
+
+
+def entry(shape: LayerShape = SHAPE, **changes: Any) -> Entry:
+    """What the default would be if it had been measured now."""
+    problem = replace(PROBLEM, shape=shape)
+    chosen = selection.default_choice(problem)
+    assert chosen is not None
+    assert chosen.family is not None
+    parameters = dict(chosen.parameters)
+    fields = {
+        "operation": problem.operation,
+        "shape": ShapeRecord.of(shape),
+        "dtypes": Dtypes(),
+        "family": chosen.family,
+        "parameters": parameters,
+        "source": source_digest(family(chosen.family).spec(problem, parameters)),
+        "time_us": Times(median=10.0, iqr=0.1),
+        "search": Search(tried=1, rejected={}),
+    }
+    return Entry(**{**fields, **changes})
+
+
+def write(path: Path, *entries: Entry) -> Path:
+    provenance = Provenance(lmkan_gen="1", compiler="nvcc 1", driver="1", torch="1", date=date(2026, 1, 2))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(path, TuningFile.make(GPU, provenance, entries))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty directory in place of the shipped files."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    directory = tmp_path / "shipped"
+    directory.mkdir()
+    real = resources.resource_directory
+
+    def of(name: str) -> Path:
+        return directory if name == "tuning" else real(name)
+
+    for module in ("lmkan_gen.tuning_sources", "lmkan_gen.export"):
+        monkeypatch.setattr(f"{module}.resource_directory", of)
+    selection.clear_caches()
+    yield directory
+    selection.clear_caches()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["lmkan-gen", *arguments])
+        code: str | int | None = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        assert isinstance(code, int | None)
+        said = capsys.readouterr()
+        return code or 0, said.out + said.err
+
+    return run
+
+
+# --- stale entries --------------------------------------------------------------------------------
+
+
+def change_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmkan_gen.freshness.render", lambda spec: "another source")
+    selection.clear_caches()
+
+
+def test_changed_kernels_make_entries_stale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    unknown = entry(LayerShape(64, 64, 8, 8192), source=None)
+    path = write(tmp_path / "file.yaml", entry(), unknown)
+    assert stale_entries(load(path)) == []
+    change_templates(monkeypatch)
+    assert [e.shape.layer for e in stale_entries(load(path))] == [SHAPE]
+
+
+def test_selection_says_so(
+    monkeypatch: pytest.MonkeyPatch, shipped: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(shipped / "gpu.yaml", entry())
+    with caplog.at_level(logging.INFO, "lmkan_gen"):
+        assert not select(PROBLEM).stale
+    assert caplog.messages == []
+    change_templates(monkeypatch)
+    with caplog.at_level(logging.INFO, "lmkan_gen"):
+        choice = select(PROBLEM)
+    assert (choice.tier, choice.stale) == (Tier.EXACT, True)
+    (message,) = caplog.messages
+    assert "[exact, kernels changed since" in message
+    assert "lmkan-gen tune --device cuda --shape 64,64,8,4096" in message
+
+
+def test_commands_say_so(run: Run, monkeypatch: pytest.MonkeyPatch, shipped: Path) -> None:
+    path = write(shipped / "gpu.yaml", entry())
+    assert "stale:" not in run("configs", "validate", str(path))[1]
+    change_templates(monkeypatch)
+    code, said = run("configs", "validate", str(path))
+    assert code == 0
+    assert "stale: forward 64,64,8,4096, its kernel has changed since" in said
+    assert "NVIDIA GeForce RTX 4090 │ sm_89 │ 1       │ 1 " in run("configs", "list")[1]
+
+
+# --- the schema -----------------------------------------------------------------------------------
+
+
+def content(path: Path) -> Any:
+    """A tuning file as editors see it: JSON has no dates."""
+    return json.loads(json.dumps(yaml.safe_load(path.read_text()), default=str))
+
+
+def test_shipped_schema_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuning_schema.path().read_text() == tuning_schema.text(), "write it anew with: make golden"
+
+
+def test_schema_accepts_what_ships_and_what_is_written(tmp_path: Path) -> None:
+    checker = jsonschema.Draft202012Validator(tuning_schema.schema())
+    files = [*resources.resource_directory("tuning").glob("*.yaml"), write(tmp_path / "one.yaml", entry())]
+    assert len(files) > 1
+    for path in files:
+        assert [e.message for e in checker.iter_errors(content(path))] == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": 2},
+        {"surprise": 1},
+        {"entries": {"family": "row_victor"}},
+        {"entries": {"parameters": {"pairs": 4}}},
+        {"entries": {"operation": "sideways"}},
+        {"entries": {"source": "xyz"}},
+        {"entries": {"shape": {"inputs": 64, "outputs": 64, "grids": 8, "batch": 0}}},
+        {"entries": {"time_us": {"median": -1.0, "iqr": 0.0}}},
+    ],
+)
+def test_schema_refuses_what_loading_refuses(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = write(tmp_path / "one.yaml", entry())
+    data = yaml.safe_load(path.read_text())
+    for key, value in change.items():
+        if key == "entries":
+            data["entries"][0].update(value)
+        else:
+            data[key] = value
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(TuningFileError):
+        load(path)
+    checker = jsonschema.Draft202012Validator(tuning_schema.schema())
+    assert list(checker.iter_errors(content(path)))
+
+
+def test_schema_knows_every_value_of_every_parameter(tmp_path: Path) -> None:
+    path = write(tmp_path / "one.yaml", entry())
+    checker = jsonschema.Draft202012Validator(tuning_schema.schema())
+    for name, values in family("tile_stationary").space(Operation.FORWARD).items():
+        for value in (*values, 3, "nonsense"):
+            data = content(path)
+            data["entries"][0]["parameters"][name] = value
+            assert checker.is_valid(data) == (value in values)
+
+
+def test_files_beside_a_schema_name_it(tmp_path: Path) -> None:
+    assert not write(tmp_path / "a.yaml", entry()).read_text().startswith("#")
+    (tmp_path / "schema.json").write_text("{}")
+    path = write(tmp_path / "b.yaml", entry())
+    assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+    assert len(load(path).entries) == 1
+
+
+def test_schema_command(run: Run) -> None:
+    assert run("configs", "schema") == (0, tuning_schema.text())
+
+
+# --- export ---------------------------------------------------------------------------------------
+
+
+def test_export_adds_to_what_ships(run: Run, shipped: Path, tmp_path: Path) -> None:
+    other = LayerShape(128, 128, 8, 4096)
+    write(shipped / "nvidia_geforce_rtx_4090.yaml", entry(other), entry(time_us=Times(median=99.0, iqr=0.0)))
+    mine = write(tmp_path / "mine.yaml", entry())
+    code, said = run("configs", "export", str(mine), "--output", str(tmp_path / "out"))
+    assert code == 0, said
+    assert "make golden" in said
+    exported = load(tmp_path / "out" / "nvidia_geforce_rtx_4090.yaml")
+    assert {e.shape.layer: e.time_us.median for e in exported.entries} == {other: 10.0, SHAPE: 10.0}
+
+
+def test_export_refuses_what_is_not_worth_sharing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(TuningFileError, match="no entries"):
+        export(write(tmp_path / "empty.yaml"), tmp_path / "out")
+    good = entry()
+    wasteful = entry(parameters={**good.parameters, "pairs": 16, "outs": 32}, source=None)
+    with pytest.raises(TuningFileError, match="does not fit NVIDIA GeForce RTX 4090: num_grids=8"):
+        export(write(tmp_path / "big.yaml", wasteful), tmp_path / "out")
+    path = write(tmp_path / "stale.yaml", good)
+    change_templates(monkeypatch)
+    with pytest.raises(
+        TuningFileError, match=r"another version of its kernel; again: lmkan-gen tune .*64,64,8"
+    ):
+        export(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- comparison -----------------------------------------------------------------------------------
+
+
+def test_two_files_are_compared(run: Run, tmp_path: Path) -> None:
+    good, other, third = entry(), LayerShape(64, 64, 8, 1), LayerShape(64, 64, 8, 2)
+    faster = {**good.parameters, "threads": 256 if good.parameters["threads"] != 256 else 512}
+    a = write(tmp_path / "a.yaml", good, entry(other))
+    b = write(
+        tmp_path / "b.yaml",
+        entry(parameters=faster, source=None, time_us=Times(median=5.0, iqr=0.1)),
+        entry(third),
+    )
+    code, said = run("inspect", "--diff", str(a), str(b))
+    assert code == 0, said
+    rows = {tuple(cells[1:3]): cells[3:] for line in said.splitlines() if len(cells := split(line)) > 6}
+    change = f"threads {good.parameters['threads']} -> {faster['threads']}"
+    assert rows["forward", str(SHAPE)][:4] == ["10 us", "5 us", "2.00x", change]
+    assert rows["forward", str(other)][:4] == ["10 us", "-", "-", "only in A"]
+    assert rows["forward", str(third)][:4] == ["-", "10 us", "-", "only in B"]
+    assert "is of" not in said
+    code, said = run("inspect", "--diff", str(a), str(a))
+    assert "1.00x (noise)" in said
+    assert "the same" in said
+    code, said = run("inspect", "--diff", str(a), str(b), "--target", "cpu")
+    assert code == 2
+
+
+def split(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("│")]
