@@ -108,6 +108,21 @@ def test_wrong_usage(run: Runner, arguments: list[str], words: str) -> None:
     assert words in outcome.err
 
 
+def test_shared_storage(run: Runner, tmp_path: Path) -> None:
+    """A search that is complete is not repeated by whoever joins it, only ranked."""
+    journal = tmp_path / "studies.journal"
+    arguments = ["--shape", SHAPE, "--device", "cpu", "--operation", "forward", "--trials", "2"]
+    for name in ("a", "b"):
+        output = tmp_path / f"{name}.yaml"
+        outcome = run("tune", *arguments, "--storage", str(journal), "--output", str(output))
+        assert outcome.code == 0, outcome
+        assert load(output).entries[0].search.tried == 2
+    assert journal.read_text().count('"samples_us"') == 2
+    outcome = run("tune", *arguments, "--storage", "nonsense://somewhere")
+    assert outcome.code == 1
+    assert "cannot open the storage (nonsense)" in outcome.err
+
+
 def test_no_such_gpu(run: Runner) -> None:
     outcome = run("tune", "--shape", SHAPE, "--device", "cuda:99")
     assert outcome.code == 1

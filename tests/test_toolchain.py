@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -144,6 +145,16 @@ def test_compile_error_shows_lines_command_and_log(fresh_store: Path) -> None:
         toolchain.binary(cpp(13))
 
 
+def test_compilers_see_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    real = toolchain.compiler(cpp(1)).executable[0]
+    compiler = script(tmp_path / "c++", f'echo "<$CUDA_VISIBLE_DEVICES>" > {seen}\nexec {real} "$@"')
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("CXX", str(compiler))
+    toolchain.binary(cpp(1))
+    assert seen.read_text() == "<>\n"
+
+
 def test_no_host_compiler(bare_machine: Path) -> None:
     with pytest.raises(toolchain.CompilerMissing, match=r"apt-get install g\+\+"):
         toolchain.binary(cpp(1))
@@ -216,6 +227,21 @@ def test_nvcc_search_order(bare_machine: Path, tmp_path: Path, monkeypatch: pyte
         toolchain.CompilerMissing, match=r"no nvcc here compiles for sm_80: .*mine \(1\.0\.0\)"
     ):
         toolchain.compiler(cuda(1, "sm_80"))
+
+
+@pytest.mark.skipif(not list(nvcc.wheel_directories()), reason="the extra nvcc is not installed")
+def test_compiler_wheels_are_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No toolkit: only what ``pip install lmkan-gen[nvcc]`` brings, and a gcc as preprocessor."""
+    for tool in ("gcc", "g++", "as", "ld", "rm", "sh", "mv"):
+        if found := shutil.which(tool):
+            (tmp_path / tool).symlink_to(found)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CUDA_HOME", "CUDA_PATH", nvcc.OVERRIDE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(nvcc, "_USUAL_PLACE", str(tmp_path))
+    binary = toolchain.binary(cuda(64))
+    assert "site-packages" in toolchain.compiler(cuda(64)).executable[0]
+    assert {resources.kernel for resources in toolchain.resources(binary)} == {"twice", "once"}
 
 
 def test_nvcc_without_gcc_gets_the_compiler_there_is(

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from lmkan_gen.problem import LayerShape, Operation
 from lmkan_gen.tuner.measure import measure
 
-_COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
-_MATRIX = {"cpu": 1024, "cuda": 8192}
+_COPY_BYTES = 1 << 28
+_MATRIX = {"cpu": 1024, "cuda": 4096}
 #: Multiplications and additions of one bilinear function, weights of the corners apart, which a pair's
 #: outputs share: four products summed; for the input gradients two slopes of two products each beside the
 #: output's gradient; for the table four products added to sums.
@@ -42,7 +42,7 @@ class Peaks(BaseModel):
 def measure_peaks(device: torch.device) -> Peaks:
     """Measure them; takes below a second."""
     n = _MATRIX[device.type]
-    source = torch.empty(_COPY_BYTES[device.type] // 4, device=device)
+    source = torch.empty(_COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     source.zero_()
     a, b, c = (torch.randn(n, n, device=device) for _ in range(3))
