@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lmkan_gen import cli, families, selection
-from lmkan_gen.problem import LayerShape, Operation
+from lmkan_gen.problem import LayerShape, Operation, TableDtype
 from lmkan_gen.tuner import page, record
 from lmkan_gen.tuner.importance import importance
 from lmkan_gen.tuner.roofline import Peaks, bound_us, compulsory_bytes
@@ -174,6 +174,17 @@ def test_bound_by_memory_and_by_arithmetic() -> None:
         assert compulsory_bytes(operation, shape) == size
         assert bound_us(operation, shape, Peaks(bandwidth=1e6, flops=1e30)) == pytest.approx(size)
     assert bound_us(Operation.FORWARD, shape, Peaks(bandwidth=1e30, flops=1e6)) == pytest.approx(8 * 600)
+
+
+def test_narrow_tables_are_fewer_bytes() -> None:
+    shape = LayerShape(4, 3, 5, 100)
+    wide, table = compulsory_bytes(Operation.FORWARD, shape), shape.table_bytes
+    assert wide is not None
+    assert compulsory_bytes(Operation.FORWARD, shape, TableDtype.INT8) == wide - 3 * table // 4
+    # gradients are float32 whatever the table
+    assert compulsory_bytes(Operation.GRAD_TABLE, shape, TableDtype.INT8) == compulsory_bytes(
+        Operation.GRAD_TABLE, shape
+    )
 
 
 def test_a_small_batch_touches_little_of_a_table() -> None:

@@ -99,8 +99,9 @@ def _print_differences(a: Path, b: Path) -> None:
     for d in compare(one, two):
         entry = d.a or d.b
         assert entry is not None
+        dtype = "" if entry.dtypes.table == "float32" else f" {entry.dtypes.table}"
         times = [duration(e.time_us.median) if e else "-" for e in (d.a, d.b)]
-        table.add_row(entry.operation, str(entry.shape.layer), *times, *_words(d))
+        table.add_row(entry.operation, f"{entry.shape.layer}{dtype}", *times, *_words(d))
     console.print(table)
 
 

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lmkan_gen.plan import Constant
+from lmkan_gen.problem import TableDtype
 from lmkan_gen.tuner.importance import importance
 from lmkan_gen.tuner.record import ProblemRecord, RunRecord, Trial
 from lmkan_gen.tuner.report import duration
@@ -68,12 +69,14 @@ def _settings(parameters: dict[str, Constant]) -> str:
 
 
 def _problem(p: ProblemRecord, peaks: Peaks | None) -> _Problem:
-    bound = None if peaks is None else bound_us(p.entry.operation, p.entry.shape.layer, peaks)
+    e = p.entry
+    table = TableDtype(e.dtypes.table)
+    bound = None if peaks is None else bound_us(e.operation, e.shape.layer, peaks, table)
     rejected = sorted((t for t in p.trials if t.rejected is not None), key=lambda t: t.rejected or "")
     reasons = Counter(t.rejected for t in rejected if t.rejected)
     return _Problem(
         record=p,
-        roofline=None if bound is None else bound / p.entry.time_us.median,
+        roofline=None if bound is None else bound / e.time_us.median,
         rejected=rejected,
         reasons=reasons.most_common(),
         charts=_charts(p),

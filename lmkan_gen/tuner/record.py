@@ -17,7 +17,7 @@ from lmkan_gen.tuner.measure import Timing
 from lmkan_gen.tuner.roofline import Peaks
 from lmkan_gen.tuner.space import Candidate, Space
 from lmkan_gen.tuner.worker import Rejected
-from lmkan_gen.tuning_file import DeviceRecord, Entry, Provenance, Search, ShapeRecord, Times
+from lmkan_gen.tuning_file import DeviceRecord, Dtypes, Entry, Provenance, Search, ShapeRecord, Times
 
 
 class _Record(BaseModel):
@@ -54,6 +54,7 @@ class Winner(_Record):
 
     operation: Operation
     shape: ShapeRecord
+    dtypes: Dtypes
     family: str
     parameters: dict[str, Constant]
     time_us: Times
@@ -91,6 +92,7 @@ class ProblemRecord(_Record):
             entry=Winner(
                 operation=entry.operation,
                 shape=entry.shape,
+                dtypes=entry.dtypes,
                 family=entry.family,
                 parameters=entry.parameters,
                 time_us=entry.time_us,

@@ -13,11 +13,17 @@ from collections.abc import Callable
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from lmkan_gen.problem import LayerShape, Operation
+from lmkan_gen.problem import LayerShape, Operation, TableDtype
 from lmkan_gen.tuner.measure import measure
 
 _COPY_BYTES = 1 << 28
 _MATRIX = {"cpu": 1024, "cuda": 4096}
+_ELEMENT_BYTES = {
+    TableDtype.FLOAT32: 4,
+    TableDtype.FLOAT16: 2,
+    TableDtype.BFLOAT16: 2,
+    TableDtype.INT8: 1,
+}
 #: Multiplications and additions of one bilinear function, weights of the corners apart, which a pair's
 #: outputs share: four products summed; for the input gradients two slopes of two products each beside the
 #: output's gradient; for the table four products added to sums.
@@ -60,20 +66,24 @@ def _best_us(call: Callable[[], object], device: torch.device) -> float:
     return min(measure([lambda: (call(), None)[1]], device).samples)
 
 
-def bound_us(operation: Operation, shape: LayerShape, peaks: Peaks) -> float | None:
+def bound_us(
+    operation: Operation, shape: LayerShape, peaks: Peaks, table: TableDtype = TableDtype.FLOAT32
+) -> float | None:
     """Microseconds that no kernel for this call can beat; None for operations that it is not known of."""
-    size = compulsory_bytes(operation, shape)
+    size = compulsory_bytes(operation, shape, table)
     if size is None:
         return None
     arithmetic = _FLOPS[operation] * shape.evaluations / peaks.flops
     return 1e6 * max(size / peaks.bandwidth, arithmetic)
 
 
-def compulsory_bytes(operation: Operation, shape: LayerShape) -> int | None:
-    """Float32 bytes of a call's inputs and outputs, each once; of a table no more than can be touched."""
+def compulsory_bytes(
+    operation: Operation, shape: LayerShape, table: TableDtype = TableDtype.FLOAT32
+) -> int | None:
+    """Bytes of a call's inputs and outputs, each once; of a table no more than can be touched."""
     inputs, outputs = 4 * shape.inputs * shape.batch, 4 * shape.outputs * shape.batch
     # at most four knots a sample of each function
-    touched = min(shape.table_bytes, 16 * shape.evaluations)
+    touched = min(shape.table_bytes, 16 * shape.evaluations) * _ELEMENT_BYTES[table] // 4
     match operation:
         case Operation.FORWARD:
             return inputs + touched + outputs
