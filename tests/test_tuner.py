@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from optuna.storages import InMemoryStorage
 from torch import Tensor
 
 from lmkan_gen import device as devices
@@ -392,9 +393,9 @@ def true_us(variant: int) -> float:
     return 100.0 * (1.3 if variant == 0 else 1.0 + 0.01 * (variant * 37 % 50))
 
 
-def search_with(worker: Any, directory: Path, trials: int) -> Entry:
+def search_with(worker: Any, trials: int) -> Entry:
     space = explore(PROBLEM)
-    study = study_of(space, trials, directory, resume=False)
+    study = Study(space, trials, InMemoryStorage())
     nothing = toolchain.Binary(Path("kernel.so"), Path(), Path(), "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toolchain, "build", lambda specs: [nothing] * len(specs))
@@ -405,10 +406,10 @@ def search_with(worker: Any, directory: Path, trials: int) -> Entry:
     return found
 
 
-def test_finalists_and_default_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_finalists_and_default_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, Faulty(("none",), variants=8))
     worker = FakeWorker(0, 0.0)
-    entry = search_with(worker, tmp_path, 8)
+    entry = search_with(worker, 8)
     ranking = [variant for variant, check in worker.asked if not check]
     best = sorted(range(1, 8), key=true_us)[:3]
     assert ranking == [*best, 0] * 3
@@ -417,12 +418,10 @@ def test_finalists_and_default_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.parametrize("noise", [0.002, 0.01])
-def test_tuning_twice_gives_equally_fast_kernels(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, noise: float
-) -> None:
+def test_tuning_twice_gives_equally_fast_kernels(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
     """Whatever the noise of a measurement: true times of the winners are within 3 %."""
     use(monkeypatch, Faulty(("none",), variants=50))
-    winners = [search_with(FakeWorker(seed, noise), tmp_path, 50).parameters["variant"] for seed in range(20)]
+    winners = [search_with(FakeWorker(seed, noise), 50).parameters["variant"] for seed in range(20)]
     times = [true_us(int(v)) for v in winners]
     assert max(times) <= 1.03 * min(times)
 

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -186,6 +187,36 @@ def test_same_moment(faulty: Space, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert taken[0] == faulty.default
     assert first is not None
     assert first != taken[0]
+
+
+def test_a_result_is_seen_before_its_trial_is_closed(
+    faulty: Space, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever reads between the two leaves the closing to the owner, and nobody minds who did it."""
+    url = str(tmp_path / "study.journal")
+    pretend(monkeypatch, "another machine", 1, 0.0)
+    theirs = Study(faulty, 6, storage.shared(url), shared=True)
+    candidate = theirs.ask()
+    assert candidate is not None
+    pretend(monkeypatch, "a third", 1, 0.0)
+    finish = theirs._finish
+
+    def read_in_between(*arguments: Any) -> None:
+        ours = Study(faulty, 6, storage.shared(url), shared=True)
+        assert ours.results == {candidate: Timing((4.0,))}
+        assert ours._study.get_trials()[0].state is TrialState.RUNNING
+        finish(*arguments)
+
+    monkeypatch.setattr(theirs, "_finish", read_in_between)
+    theirs.tell(candidate, Timing((4.0,)))
+    assert theirs._study.get_trials()[0].value == 4.0
+    # taken for dead, and closed by another
+    other = theirs.ask()
+    assert other is not None
+    theirs._study.tell(1, state=TrialState.FAIL)
+    theirs._finish = finish  # type: ignore[method-assign]
+    theirs.tell(other, Timing((5.0,)))
+    assert theirs.results[other] == Timing((5.0,))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import random
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import datetime, timedelta
 
 import optuna
@@ -105,7 +106,7 @@ class Study:
             if candidate is None or trial is None:
                 return None
             if self._shared and self._was_faster(candidate, trial):
-                self._study.tell(trial, state=TrialState.FAIL)
+                self._finish(trial, None)
                 continue
             self._pending[candidate] = trial
             return candidate
@@ -115,18 +116,18 @@ class Study:
         trial = self._pending.pop(candidate)
         self.results[candidate] = result
         self._closed.add(trial.number)
-        if isinstance(result, Rejected):
-            trial.set_user_attr(_REASON, result.reason)
-            trial.set_user_attr(_MESSAGE, str(result))
-            self._study.tell(trial, state=TrialState.PRUNED)
-        else:
-            trial.set_user_attr(_SAMPLES, list(result.samples))
-            self._study.tell(trial, result.median)
+        with suppress(RuntimeError):  # closed by another process, as in `_finish`
+            if isinstance(result, Rejected):
+                trial.set_user_attr(_REASON, result.reason)
+                trial.set_user_attr(_MESSAGE, str(result))
+            else:
+                trial.set_user_attr(_SAMPLES, list(result.samples))
+        self._finish(trial, result)
 
     def release(self) -> None:
         """Give back what was suggested and will not be measured."""
         for trial in self._pending.values():
-            self._study.tell(trial, state=TrialState.FAIL)
+            self._finish(trial, None)
         self._pending.clear()
 
     def refresh(self) -> None:
@@ -136,28 +137,29 @@ class Study:
         for trial in self._study.get_trials(deepcopy=False):
             if trial.number in mine or trial.number in self._closed:
                 continue
-            result = _result(trial)
+            result, candidate = _result(trial), _candidate(trial)
+            if result is not None:
+                self.results.setdefault(candidate, result)
             if trial.state is TrialState.RUNNING:
-                if result is None and self._shared and _is_being_drawn(trial):
-                    continue
-                if result is None and _is_alive(trial, self._owner):
-                    if (candidate := _candidate(trial)) in self._feasible:
+                if _is_alive(trial, self._owner):  # it will close the trial, if it is not just doing so
+                    if result is None and candidate in self._feasible:
                         self._elsewhere.add(candidate)
                     continue
+                if self._shared and _is_being_drawn(trial):
+                    continue
                 # its process died, perhaps after it had written the result
-                self._close(trial, result)
+                self._finish(trial.number, result)
             self._closed.add(trial.number)
-            if result is not None:
-                self.results.setdefault(_candidate(trial), result)
 
-    def _close(self, trial: FrozenTrial, result: Timing | Rejected | None) -> None:
+    def _finish(self, trial: Trial | int, result: Timing | Rejected | None) -> None:
+        """Close a trial; None: without a result."""
         try:
             if isinstance(result, Timing):
-                self._study.tell(trial.number, result.median)
+                self._study.tell(trial, result.median)
             else:
-                state = TrialState.FAIL if result is None else TrialState.PRUNED
-                self._study.tell(trial.number, state=state)
-        except (RuntimeError, ValueError):  # another process did it first
+                self._study.tell(trial, state=TrialState.FAIL if result is None else TrialState.PRUNED)
+        except (RuntimeError, ValueError):
+            # another process did it, having taken the owner for dead; what matters is the result
             pass
 
     def timings(self) -> Iterator[tuple[Candidate, Timing]]:
@@ -247,10 +249,7 @@ class Study:
         """Close a trial that is not worth running, such that the sampler learns from it."""
         known = self.results.get(candidate)
         self._closed.add(trial.number)
-        if isinstance(known, Timing):
-            self._study.tell(trial, known.median)
-        else:
-            self._study.tell(trial, state=TrialState.PRUNED)
+        self._finish(trial, known or Rejected("infeasible", "not to be tried"))
 
 
 def study_name(space: Space) -> str:
