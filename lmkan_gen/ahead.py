@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from lmkan_gen.device import Device
 from lmkan_gen.families import family
@@ -31,7 +32,9 @@ def kernels(
 
 
 def _choices(shape: LayerShape, device: Device, backward: bool) -> list[Choice]:
-    chosen = [select(Problem(Operation.FORWARD, shape, device))]
+    forward = Problem(Operation.FORWARD, shape, device)
+    # for training, and for tables that stay as they are
+    chosen = [select(forward), select(replace(forward, constant=True))]
     if backward:
         chosen += select_backward(Problem(Operation.BACKWARD, shape, device))
         chosen += (select(Problem(o, shape, device)) for o in (Operation.GRAD_INPUT, Operation.GRAD_TABLE))

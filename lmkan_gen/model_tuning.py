@@ -93,7 +93,7 @@ def device_of(model: nn.Module) -> torch.device:
     Raises:
         ValueError: on several devices, or there are no such layers.
     """
-    devices = {layer.func_parameter.device for layer in layers(model)}
+    devices = {layer.borders.device for layer in layers(model)}
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"the model's lmKAN layers are on {names}; move them to one device to tune them")
