@@ -18,10 +18,10 @@ from rich.table import Table
 from lmkan_gen import device as devices
 from lmkan_gen.cli.options import parse_shape
 from lmkan_gen.families import family
-from lmkan_gen.problem import LayerShape, Problem
+from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Problem
 from lmkan_gen.tuner.measure import Timing
 from lmkan_gen.tuner.report import duration
-from lmkan_gen.tuner.run import OPERATIONS, QUICK_TRIALS, TuningFailed, tune
+from lmkan_gen.tuner.run import QUICK_TRIALS, TuningFailed, tune
 from lmkan_gen.tuner.worker import Worker
 from lmkan_gen.tuning_file import Entry
 
@@ -50,7 +50,7 @@ def main(
     table = Table(title=f"{devices.of(where).name}, {layer}")
     for heading in ("operation", "quick", "took", "tried", "other", "took", "tried", "quick / other"):
         table.add_column(heading, justify="right")
-    for operation in OPERATIONS:
+    for operation in CALL_OPERATIONS:
         problem = Problem(operation, layer, devices.of(where))
         try:
             one, one_s = _search(problem, where, quick)

@@ -99,6 +99,13 @@ class TileStationary(Family):
         shape, device = problem.shape, problem.device
         pairs, outs, threads = (_integer(parameters, k) for k in ("pairs", "outs", "threads"))
         found = []
+        if problem.table is not TableDtype.FLOAT32 and device.compute_capability < 80:
+            found.append(
+                Violation(
+                    "architecture",
+                    f"{problem.table} tables need sm_80 or newer, {device.name} is {device.arch}",
+                )
+            )
         if (need := self.shared_memory(problem, parameters)) > device.shared_memory_per_block:
             found.append(
                 Violation(
