@@ -8,7 +8,7 @@ from dataclasses import replace
 from lmkan_gen.device import Device
 from lmkan_gen.families import family
 from lmkan_gen.plan import KernelSpec
-from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem
 from lmkan_gen.selection import Choice, select, select_backward
 
 
@@ -20,7 +20,7 @@ def kernels(
     Args:
         shapes: of the layer calls. Kernels do not depend on the batch, but the choice of a kernel does.
         devices: where layers will run; choices differ between models of one architecture.
-        backward: also those for gradients: of both together, and of each alone.
+        backward: also those for training: gradients together and each alone, and the regulariser.
     """
     found: dict[KernelSpec, None] = {}
     for device in devices:
@@ -38,4 +38,7 @@ def _choices(shape: LayerShape, device: Device, backward: bool) -> list[Choice]:
     if backward:
         chosen += select_backward(Problem(Operation.BACKWARD, shape, device))
         chosen += (select(Problem(o, shape, device)) for o in (Operation.GRAD_INPUT, Operation.GRAD_TABLE))
+        # the regulariser works on the table alone
+        table = replace(shape, batch=1)
+        chosen += (select(Problem(o, table, device)) for o in Operation if o not in CALL_OPERATIONS)
     return chosen

@@ -142,7 +142,7 @@ def test_operation_for_which_there_is_nothing(run: Runner, monkeypatch: pytest.M
     monkeypatch.setattr("lmkan_gen.families._registry", dict)
     outcome = run("tune", "--shape", SHAPE, "--device", "cpu")
     assert outcome.code == 1
-    assert "no cpu kernels to tune" in outcome.err
+    assert "no cpu kernels for float32 tables to tune" in outcome.err
 
 
 def test_validate_names_what_is_wrong(run: Runner, tmp_path: Path) -> None:
