@@ -11,6 +11,7 @@ from lmkan_gen.nn.layers import (
     ReLULast,
     hessian_penalty,
     lmkan_layers,
+    preconditioned_layers,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "ReLULast",
     "hessian_penalty",
     "lmkan_layers",
+    "preconditioned_layers",
 ]

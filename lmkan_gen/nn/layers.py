@@ -232,6 +232,11 @@ def lmkan_layers(model: nn.Module) -> dict[str, LMKAN2DLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LMKAN2DLayer)}
 
 
+def preconditioned_layers(model: nn.Module) -> dict[str, ReLUFirst | ReLULast]:
+    """Every preconditioned layer of a model by its qualified name, in order of definition."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (ReLUFirst, ReLULast))}
+
+
 def hessian_penalty(model: nn.Module) -> Tensor:
     """`LMKAN2DLayer.get_hessian_regularization`, summed over a model's layers: a scalar.
 
