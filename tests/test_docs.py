@@ -33,3 +33,12 @@ def test_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert y.shape == (256, 1)
     assert z.shape == (2, 16, 16, 16)
     assert loss.item() < 0.2
+
+
+def test_tutorial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("tutorial.md")  # its assertions hold
+    assert (tmp_path / "functions.png").exists()
+    assert "functions of the first layer could be affine" in capsys.readouterr().out
