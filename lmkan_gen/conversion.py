@@ -131,11 +131,12 @@ def refine(model: nn.Module, factor: int = 2) -> nn.Module:
         A refined copy.
 
     Raises:
-        ValueError: ``factor`` is below 1, or the model has no lmKAN layer.
+        ValueError: ``factor`` is below 1, or the model has no lmKAN layer, or a frozen one.
     """
     layers = lmkan_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no LMKAN2DLayer to refine")
+    _refuse_frozen(model, "refined")
     # deepcopy takes these for copies made already
     return copy.deepcopy(model, {id(layer): _refined(layer, factor) for layer in layers.values()})
 
@@ -156,8 +157,10 @@ def fold(model: nn.Module) -> nn.Module:
         A folded copy in evaluation mode. Training it further makes no sense where batch norm is gone.
 
     Raises:
-        ValueError: a `ReLUFirst` has an odd grid, which has no knot at 0; `refine` by 2 makes it even.
+        ValueError: a layer is frozen, or a `ReLUFirst` has an odd grid, which has no knot at 0; `refine` by
+            2 makes it even.
     """
+    _refuse_frozen(model, "folded")
     root = nn.Sequential(copy.deepcopy(model)).eval()
     first = {name: m for name, m in preconditioned_layers(root).items() if isinstance(m, ReLUFirst)}
     root = copy.deepcopy(root, {id(layer): _merged(layer) for layer in first.values()})
@@ -176,6 +179,12 @@ def fold(model: nn.Module) -> nn.Module:
             else:
                 before = slot
     return root[0]
+
+
+def _refuse_frozen(model: nn.Module, what: str) -> None:
+    for name, layer in lmkan_layers(model).items():
+        if layer.frozen is not None:
+            raise ValueError(f"layer {name!r} is frozen and cannot be {what}; call unfreeze() first")
 
 
 class _Slot(NamedTuple):

@@ -249,6 +249,16 @@ def test_what_cannot_be_refined_is_refused() -> None:
         refine(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("change", [fold, refine])
+def test_frozen_layers_are_refused(change: Any) -> None:
+    model = LMKANMLP((4, 3, 2), 8).eval()
+    model.get_submodule("blocks.1.lmkan.layer").freeze(torch.float16)  # type: ignore[operator]
+    with pytest.raises(
+        ValueError, match=r"layer 'blocks.1.lmkan.layer' is frozen .* call unfreeze\(\) first"
+    ):
+        change(model)
+
+
 def trained(model: nn.Module, width: int) -> nn.Module:
     """In float64, with statistics and tables that are far from their initial values."""
     model.double()

@@ -192,6 +192,25 @@ def test_convolution_is_twice_differentiable() -> None:
     assert torch.autograd.gradgradcheck(convolve, (x, table))
 
 
+def test_frozen_convolution() -> None:
+    layer = LMKANConv2d(3, 2, 3, 6, padding=1, init_scale=2.0, workspace_bytes=3000).eval()
+    x = torch.randn(4, 3, 6, 6)
+    y = layer(x)
+    layer.layer.freeze(torch.float16)
+    torch.testing.assert_close(layer(x), y, rtol=1e-3, atol=2e-3)
+
+
+def test_convolution_under_autocast() -> None:
+    layer = LMKANConv2d(3, 2, 3, 6)
+    x = torch.randn(4, 3, 6, 6, requires_grad=True)
+    y = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = layer(x.bfloat16())
+    narrow.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(narrow, y, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_convolution_copies_no_more_than_its_workspace(
     backward: bool, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,9 @@ from lmkan_gen.ops import lmkan
 
 _Pair = tuple[int, int]
 
+#: of the computation; narrower tables are for frozen layers
+_TABLE_DTYPE = "float32"
+
 
 class LMKANConv2d(nn.Module):
     """Convolution whose linear map of each patch is an lmKAN layer; takes the place of `nn.Conv2d`.
@@ -87,6 +90,10 @@ class LMKANConv2d(nn.Module):
             ValueError: wrong shape, or an image smaller than a patch.
             TypeError: wrong dtype.
         """
+        if self.layer.frozen is not None:
+            return self._convolve_frozen(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.layer.func_parameter.dtype)  # tables stay as they are, whatever came before
         apply: Callable[..., Tensor] = _Convolve.apply
         return apply(x, self.layer.func_parameter, self.layer.borders, self._geometry(x))
 
@@ -97,6 +104,14 @@ class LMKANConv2d(nn.Module):
         """
         geometry = self._geometry(x)
         return _patches(x, geometry, _Slab(0, x.shape[0], 0, geometry.rows))
+
+    def _convolve_frozen(self, x: Tensor) -> Tensor:
+        geometry = self._geometry(x)
+        y = x.new_empty((x.shape[0], self.out_channels, geometry.rows, geometry.columns))
+        for slab in geometry.slabs(x.shape[0]):
+            part = _slab_of(y, slab)
+            part.copy_(self.layer(_patches(x, geometry, slab)).view(part.shape))
+        return y
 
     def _geometry(self, x: Tensor) -> _Geometry:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
@@ -240,7 +255,9 @@ class _Convolve(torch.autograd.Function):
         y = x.new_empty((x.shape[0], table.shape[2], geometry.rows, geometry.columns))
         for slab in geometry.slabs(x.shape[0]):
             part = _slab_of(y, slab)
-            part.copy_(lmkan(_patches(x, geometry, slab), table, borders).view(part.shape))
+            part.copy_(
+                lmkan(_patches(x, geometry, slab), table, borders, table_dtype=_TABLE_DTYPE).view(part.shape)
+            )
         return y
 
     @staticmethod
@@ -262,6 +279,7 @@ class _Convolve(torch.autograd.Function):
                 0,
                 0,
                 False,
+                _TABLE_DTYPE,
             )
             if grad_x is not None:
                 _add_patches(found[0], geometry, slab, grad_x)
