@@ -153,7 +153,7 @@ def main(
         ax.plot(time, 100 * (1 - accuracy), "o", color="tab:red" if "lmKAN" in name else "tab:blue")
         ax.annotate(name, (time, 100 * (1 - accuracy)), textcoords="offset points", xytext=(6, 4))
     ax.set(xscale="log", xlabel=f"µs per batch of {BATCH}", ylabel="test error, %")
-    ax.margins(0.2)
+    ax.margins(0.3)
     ax.grid(alpha=0.3, which="both")
     figure.savefig(directory / "error_vs_time.png", dpi=150)
 
