@@ -3,6 +3,7 @@
 Importing this touches neither CUDA nor a compiler; kernels are made when a layer is first called.
 """
 
+from lmkan_gen.conversion import convert, fold, refine
 from lmkan_gen.grid import knots
 from lmkan_gen.layer import LMKAN2DLayer
 from lmkan_gen.model_tuning import tune
@@ -11,4 +12,14 @@ from lmkan_gen.regularization import hessian_regularization
 
 __version__ = "0.1.0"
 
-__all__ = ["LMKAN2DLayer", "__version__", "hessian_regularization", "knots", "lmkan", "tune"]
+__all__ = [
+    "LMKAN2DLayer",
+    "__version__",
+    "convert",
+    "fold",
+    "hessian_regularization",
+    "knots",
+    "lmkan",
+    "refine",
+    "tune",
+]

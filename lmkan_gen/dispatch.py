@@ -79,8 +79,9 @@ _Key = tuple[Operation, LayerShape, torch.device, Demand, TableDtype, bool, bool
 class _Prepared:
     runs: tuple[Run, ...]
     records: tuple[Used, ...]
-    #: names of buffers that the runs read
+    #: names of buffers that the runs read, and the element type of those that are made of the table
     reads: frozenset[str]
+    table: TableDtype
 
 
 _prepared: dict[_Key, _Prepared] = {}
@@ -127,7 +128,7 @@ def execute(
         if len(_prepared) >= _CAPACITY:
             _prepared.pop(next(iter(_prepared)))
         found = _prepared[key] = _prepare(operation, shape, device, demand, table, deterministic, constant)
-    buffers = packing.arranged(buffers, found.reads, table, packed)
+    buffers = packing.arranged(buffers, found.reads, found.table, packed)
     for run in found.runs:
         run(buffers)
 
@@ -197,6 +198,7 @@ def _prepare(
         tuple(records),
         # the reference reads the table itself
         frozenset().union(*({"table"} if plan is None else plan.buffers for plan in plans)),
+        records[0].table,
     )
 
 

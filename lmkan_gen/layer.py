@@ -14,6 +14,7 @@ from lmkan_gen.grid import knots
 from lmkan_gen.ops import lmkan
 from lmkan_gen.problem import MIN_GRIDS
 from lmkan_gen.regularization import hessian_regularization
+from lmkan_gen.tables import affine_table
 
 _WARP = 32
 _MAX_BLOCK = 1024
@@ -118,6 +119,28 @@ class LMKAN2DLayer(nn.Module):
         self._master: Tensor | None = None
         self._master_requires_grad = True
         self.reset_parameters()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, num_grids: int = 8) -> LMKAN2DLayer:
+        """The layer that computes what ``linear`` does, on transposed inputs and outputs.
+
+        See `lmkan_gen.convert` for whole networks, odd widths and inputs with the batch first.
+
+        Args:
+            linear: of an even number of inputs, float32 or float64.
+            num_grids: cells per axis, at least 3.
+
+        Returns:
+            A layer of the dtype and on the device of ``linear``.
+
+        Raises:
+            ValueError: odd number of inputs, or ``num_grids`` below 3.
+        """
+        layer = cls(num_grids, linear.in_features, linear.out_features)
+        layer.to(linear.weight.device, linear.weight.dtype)
+        with torch.no_grad():
+            layer.func_parameter.copy_(affine_table(linear.weight, linear.bias, num_grids))
+        return layer
 
     def reset_parameters(self) -> None:
         """Draw the table anew, uniform within ``+-init_scale / sqrt(input_dim)``."""

@@ -16,6 +16,7 @@ from lmkan_gen.cli.configs import configs_app
 from lmkan_gen.cli.doctor import doctor_command
 from lmkan_gen.cli.inspect import inspect_command
 from lmkan_gen.cli.limits import limits_command
+from lmkan_gen.cli.plot import plot_command
 from lmkan_gen.cli.report import report_command
 from lmkan_gen.cli.tune import tune_command
 
@@ -37,6 +38,7 @@ app.command("report")(report_command)
 app.command("build", no_args_is_help=True)(build_command)
 app.command("inspect", no_args_is_help=True)(inspect_command)
 app.command("limits", no_args_is_help=True)(limits_command)
+app.command("plot", no_args_is_help=True)(plot_command)
 app.add_typer(configs_app, name="configs")
 app.add_typer(cache_app, name="cache")
 app.command("doctor")(doctor_command)
@@ -46,6 +48,11 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage."""
     try:
         app()
-    except (ValueError, RuntimeError, OSError) as error:  # how this package reports what went wrong
+    except (
+        ValueError,
+        RuntimeError,
+        OSError,
+        ImportError,
+    ) as error:  # how this package reports what went wrong
         print(f"lmkan-gen: {error}", file=sys.stderr)
         sys.exit(1)

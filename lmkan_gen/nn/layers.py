@@ -1,0 +1,249 @@
+"""Layers to build networks from: any width, either layout, batch norm, preconditioning."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lmkan_gen.layer import LMKAN2DLayer
+from lmkan_gen.nn.layout import BatchLastModule, even, pad_even
+
+Precondition = Literal["relu_first", "relu_last"]
+
+
+class LMKANLinear(BatchLastModule):
+    """`LMKAN2DLayer` for any number of inputs and either layout; takes the place of `nn.Linear`.
+
+    An odd ``input_dim`` is completed by one input that is always zero.
+
+    Args:
+        input_dim: number of inputs.
+        output_dim: number of outputs.
+        num_grids: cells per axis of each function's grid, at least 3.
+        batch_first: take ``[*, input_dim]`` instead of ``[input_dim, batch]``.
+        init_scale: see `LMKAN2DLayer`.
+
+    Attributes:
+        layer: the `LMKAN2DLayer` that does the work.
+
+    Raises:
+        TypeError, ValueError: as `LMKAN2DLayer`; ``input_dim`` may be odd.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        num_grids: int = 8,
+        *,
+        batch_first: bool = True,
+        init_scale: float = 0.1,
+    ) -> None:
+        super().__init__(input_dim, batch_first)
+        if input_dim < 1:
+            raise ValueError(f"input_dim must be at least 1, got {input_dim}")
+        self.output_dim = output_dim
+        self.layer = LMKAN2DLayer(num_grids, even(input_dim), output_dim, init_scale=init_scale)
+
+    def batch_last(self, x: Tensor) -> Tensor:
+        """``[input_dim, batch]`` -> ``[output_dim, batch]``."""
+        y: Tensor = self.layer(pad_even(x))
+        return y
+
+
+class _Preconditioned(LMKANLinear):
+    """An lmKAN layer weighted by ``gamma``, and a linear path that trains while ``gamma`` is small."""
+
+    gamma: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        num_grids: int = 8,
+        *,
+        gamma: float = 1.0,
+        batch_first: bool = True,
+        init_scale: float = 0.1,
+    ) -> None:
+        super().__init__(input_dim, output_dim, num_grids, batch_first=batch_first, init_scale=init_scale)
+        # float32 whatever torch's default dtype, as the lmKAN's table
+        self.weight = nn.Parameter(torch.empty(output_dim, input_dim, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
+        self.register_buffer("gamma", torch.tensor(gamma, dtype=torch.float32))
+
+
+class ReLUFirst(_Preconditioned):
+    """``y = gamma * lmkan(x) + W relu(x)`` (section 3 of the paper): 2x the FLOPs of lmKAN's linear part.
+
+    With even ``num_grids`` it costs nothing at inference: `lmkan_gen.fold` puts ``W relu`` into the table.
+
+    Args:
+        input_dim: number of inputs.
+        output_dim: number of outputs.
+        num_grids: cells per axis, at least 3.
+        gamma: initial weight of the lmKAN, in [0, 1]. `lmkan_gen.fitting.FittingSchedule` moves it.
+        batch_first: take ``[*, input_dim]`` instead of ``[input_dim, batch]``.
+        init_scale: see `LMKAN2DLayer`.
+
+    Attributes:
+        layer: the `LMKAN2DLayer`.
+        weight: parameter ``[output_dim, input_dim]``, ``W``.
+        gamma: buffer, a scalar.
+    """
+
+    def batch_last(self, x: Tensor) -> Tensor:
+        """``[input_dim, batch]`` -> ``[output_dim, batch]``."""
+        return torch.addcmul(self.weight @ x.relu(), self.gamma, super().batch_last(x))
+
+
+class ReLULast(_Preconditioned):
+    """``y = gamma * lmkan(x) + relu(W x)`` (section 3 of the paper).
+
+    Slightly better than `ReLUFirst`, at 3x instead of 2x the FLOPs of a linear layer, at inference too.
+    Arguments and attributes are those of `ReLUFirst`.
+    """
+
+    def batch_last(self, x: Tensor) -> Tensor:
+        """``[input_dim, batch]`` -> ``[output_dim, batch]``."""
+        return torch.addcmul((self.weight @ x).relu(), self.gamma, super().batch_last(x))
+
+
+class BatchLastNorm(nn.Module):
+    """`nn.BatchNorm1d` for ``[features, batch]``, without trainable scale and shift by default.
+
+    Args:
+        features: number of rows.
+        momentum: of the running statistics.
+    """
+
+    def __init__(self, features: int, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(features, momentum=momentum, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each row of ``x`` ``[features, batch]``."""
+        y: Tensor = self.norm(x.unsqueeze(0)).squeeze(0)  # statistics over the last axis
+        return y
+
+
+class LMKANBlock(BatchLastModule):
+    """``BatchNorm1d(affine=False)``, then an lmKAN layer: the unit that networks are stacked from.
+
+    The grids are made for inputs of zero mean and unit variance; batch norm provides them.
+
+    Args:
+        input_dim: number of inputs.
+        output_dim: number of outputs.
+        num_grids: cells per axis, at least 3.
+        precondition: None, ``"relu_first"`` (`ReLUFirst`) or ``"relu_last"`` (`ReLULast`).
+        normalize: whether to put batch norm in front; a network's first layer needs none if its
+            inputs are standardised.
+        batch_first: take ``[*, input_dim]`` instead of ``[input_dim, batch]``.
+
+    Attributes:
+        norm: `BatchLastNorm` or `nn.Identity`.
+        lmkan: `LMKANLinear`, `ReLUFirst` or `ReLULast`.
+
+    Raises:
+        ValueError: ``precondition`` is none of these, or a size is out of range.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        num_grids: int = 8,
+        *,
+        precondition: Precondition | None = None,
+        normalize: bool = True,
+        batch_first: bool = True,
+    ) -> None:
+        super().__init__(input_dim, batch_first)
+        kinds = {None: LMKANLinear, "relu_first": ReLUFirst, "relu_last": ReLULast}
+        if precondition not in kinds:
+            raise ValueError(f"precondition must be None, 'relu_first' or 'relu_last', got {precondition!r}")
+        self.output_dim = output_dim
+        self.norm = BatchLastNorm(input_dim) if normalize else nn.Identity()
+        self.lmkan = kinds[precondition](input_dim, output_dim, num_grids, batch_first=False)
+
+    def batch_last(self, x: Tensor) -> Tensor:
+        """``[input_dim, batch]`` -> ``[output_dim, batch]``."""
+        y: Tensor = self.lmkan(self.norm(x))
+        return y
+
+
+class LMKANMLP(BatchLastModule):
+    """A ready-made network: `LMKANBlock` after `LMKANBlock`, batch norm before all but the first.
+
+    Args:
+        widths: numbers of inputs, of hidden units per layer, and of outputs: ``(32, 64, 64, 1)``.
+        num_grids: cells per axis, at least 3; start with 8 to 10.
+        precondition: None, ``"relu_first"`` or ``"relu_last"``.
+        normalize_input: batch norm before the first layer too. Leave it off if inputs are standardised.
+        batch_first: take ``[*, inputs]`` instead of ``[inputs, batch]``. Inside, the batch is always
+            last, so that one pair of transpositions serves the whole network.
+
+    Attributes:
+        blocks: `nn.Sequential` of batch-last `LMKANBlock`.
+
+    Raises:
+        ValueError: fewer than two widths, or a size is out of range.
+    """
+
+    def __init__(
+        self,
+        widths: tuple[int, ...] | list[int],
+        num_grids: int = 8,
+        *,
+        precondition: Precondition | None = None,
+        normalize_input: bool = False,
+        batch_first: bool = True,
+    ) -> None:
+        if len(widths) < 2:
+            raise ValueError(f"widths must hold at least inputs and outputs, got {list(widths)}")
+        super().__init__(widths[0], batch_first)
+        self.blocks = nn.Sequential(
+            *(
+                LMKANBlock(
+                    inputs,
+                    outputs,
+                    num_grids,
+                    precondition=precondition,
+                    normalize=i > 0 or normalize_input,
+                    batch_first=False,
+                )
+                for i, (inputs, outputs) in enumerate(pairwise(widths))
+            )
+        )
+
+    def batch_last(self, x: Tensor) -> Tensor:
+        """``[inputs, batch]`` -> ``[outputs, batch]``."""
+        y: Tensor = self.blocks(x)
+        return y
+
+
+def lmkan_layers(model: nn.Module) -> dict[str, LMKAN2DLayer]:
+    """Every `LMKAN2DLayer` of a model by its qualified name, in order of definition."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LMKAN2DLayer)}
+
+
+def preconditioned_layers(model: nn.Module) -> dict[str, ReLUFirst | ReLULast]:
+    """Every preconditioned layer of a model by its qualified name, in order of definition."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (ReLUFirst, ReLULast))}
+
+
+def hessian_penalty(model: nn.Module) -> Tensor:
+    """`LMKAN2DLayer.get_hessian_regularization`, summed over a model's layers: a scalar.
+
+    Raises:
+        ValueError: the model has no lmKAN layer.
+    """
+    terms = [layer.get_hessian_regularization() for layer in lmkan_layers(model).values()]
+    if not terms:
+        raise ValueError(f"{type(model).__name__} holds no LMKAN2DLayer, so there is nothing to regularise")
+    return torch.stack(terms).sum()

@@ -1,0 +1,44 @@
+"""The code of the documentation, run as a reader would: top to bottom."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def run(page: str) -> dict[str, object]:
+    """Execute the page's Python blocks in one namespace; errors name the page and its line."""
+    text = (DOCS / page).read_text()
+    names: dict[str, object] = {"__name__": "documentation"}
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    assert blocks
+    for block in blocks:
+        above = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * above + block[1], page, "exec"), names)
+    return names
+
+
+def test_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run("networks.md")
+    y, z, loss = (names[name] for name in ("y", "z", "loss"))
+    assert isinstance(y, torch.Tensor)
+    assert isinstance(z, torch.Tensor)
+    assert isinstance(loss, torch.Tensor)
+    assert y.shape == (256, 1)
+    assert z.shape == (2, 16, 16, 16)
+    assert loss.item() < 0.2
+
+
+def test_tutorial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("tutorial.md")  # its assertions hold
+    assert (tmp_path / "functions.png").exists()
+    assert "functions of the first layer could be affine" in capsys.readouterr().out
