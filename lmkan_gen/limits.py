@@ -7,11 +7,11 @@ the layer would do.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lmkan_gen.device import Device
 from lmkan_gen.families import Demand, Family, Parameters, families
-from lmkan_gen.problem import CALL_OPERATIONS, MIN_GRIDS, LayerShape, Operation, Problem
+from lmkan_gen.problem import CALL_OPERATIONS, MIN_GRIDS, LayerShape, Operation, Problem, TableDtype
 
 TILE_SIZES = (4, 8, 16)
 #: a family that still runs here is taken to have no limit of its own
@@ -49,24 +49,25 @@ class Limit:
         return self.num_grids == UNLIMITED
 
 
-def limits(device: Device) -> list[Limit]:
-    """One entry per operation, family, tile and variant, in that order, for ``device``."""
+def limits(device: Device, table: TableDtype = TableDtype.FLOAT32) -> list[Limit]:
+    """One entry per operation, family, tile and variant, in that order, for ``device`` and a table dtype."""
     return [
         limit
         for operation in CALL_OPERATIONS
-        for family in families(device.kind, operation)
-        for limit in _family_limits(family, operation, device)
+        for family in families(device.kind, operation, table)
+        for limit in _family_limits(family, _problem(operation, device, table))
     ]
 
 
-def _family_limits(family: Family, operation: Operation, device: Device) -> list[Limit]:
+def _family_limits(family: Family, problem: Problem) -> list[Limit]:
+    operation = problem.operation
     named = [n for n, values in family.space(operation).items() if isinstance(values[0], str)]
     groups: dict[_Key, list[Parameters]] = {}
-    for tile, candidates in _by_tile(family, _problem(operation, device, MIN_GRIDS)).items():
+    for tile, candidates in _by_tile(family, problem).items():
         for candidate in candidates:
             key = (tile, tuple(str(candidate[n]) for n in named))
             groups.setdefault(key, []).append(candidate)
-    largest = {key: _largest(family, operation, device, group) for key, group in groups.items()}
+    largest = {key: _largest(family, problem, group) for key, group in groups.items()}
     shown = [i for i in range(len(named)) if _matters(i, largest)]
     rows = {
         (tile, ", ".join(f"{named[i]}={values[i]}" for i in shown)): num_grids
@@ -97,16 +98,15 @@ def _matters(position: int, largest: Mapping[_Key, int | None]) -> bool:
     return False
 
 
-def _problem(operation: Operation, device: Device, grids: int) -> Problem:
-    return Problem(operation, LayerShape(_INPUTS, _OUTPUTS, grids, _BATCH), device)
+def _problem(operation: Operation, device: Device, table: TableDtype) -> Problem:
+    shape = LayerShape(_INPUTS, _OUTPUTS, MIN_GRIDS, _BATCH)
+    return Problem(operation, shape, device, table, constant=True)
 
 
-def _largest(
-    family: Family, operation: Operation, device: Device, candidates: list[Parameters]
-) -> int | None:
+def _largest(family: Family, problem: Problem, candidates: list[Parameters]) -> int | None:
     # downwards and one by one: families may have reasons other than memory, so nothing is monotonic
     for grids in range(UNLIMITED, MIN_GRIDS - 1, -1):
-        problem = _problem(operation, device, grids)
-        if any(not family.violations(problem, c) for c in candidates):
+        finer = replace(problem, shape=replace(problem.shape, grids=grids))
+        if any(not family.violations(finer, c) for c in candidates):
             return grids
     return None

@@ -18,7 +18,7 @@ from lmkan_gen.codegen import render
 from lmkan_gen.device import CUDA_ARCHITECTURES, target
 from lmkan_gen.families import Demand, family
 from lmkan_gen.limits import UNLIMITED, limits
-from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.toolchain import host, nvcc, store
 
 SHAPE = "64,48,8,1000"
@@ -222,6 +222,20 @@ def test_published_limits_are_reproduced(run: Run, name: str) -> None:
     assert ["forward", "tile_stationary", "8", "coordinates=inline", str(published["forward"])] in rows
     assert ["backward", "tile_stationary", "8", "mode=normal", str(published["normal"])] in rows
     assert ["grad_table", "cell_sorted", "-", "-", "no limit"] in rows
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("tile", [4, 8, 16])
+def test_half_tables_leave_room_for_finer_grids(name: str, tile: int) -> None:
+    def largest(table: TableDtype) -> int:
+        rows = limits(target(name), table)
+        return max(r.num_grids or 0 for r in rows if r.operation is Operation.FORWARD and r.tile == tile)
+
+    knots = {table: (largest(table) + 1) ** 2 for table in TableDtype if table is not TableDtype.INT8}
+    # twice the knots, to within a row of them
+    full = knots[TableDtype.FLOAT32]
+    assert knots[TableDtype.FLOAT16] == knots[TableDtype.BFLOAT16]
+    assert 2 * full - 4 * full**0.5 <= knots[TableDtype.FLOAT16] <= 2 * full + 4 * full**0.5
 
 
 @pytest.mark.parametrize("name", CUDA_ARCHITECTURES)

@@ -36,9 +36,9 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[Operation]:
     seen: list[Operation] = []
     execute = dispatch.execute
 
-    def spy(operation: Operation, *arguments: Any) -> None:
+    def spy(operation: Operation, *arguments: Any, **more: Any) -> None:
         seen.append(operation)
-        execute(operation, *arguments)
+        execute(operation, *arguments, **more)
 
     monkeypatch.setattr(dispatch, "execute", spy)
     return seen

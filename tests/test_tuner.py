@@ -207,6 +207,8 @@ def test_winners_of_similar_problems_are_seeds(monkeypatch: pytest.MonkeyPatch, 
     other = LayerShape(6, 5, 4, 80)
     space = explore(Problem(Operation.FORWARD, other, devices.cpu()))
     assert space.seeds == (candidate("none", 1), candidate("none", 2))
+    # a search that is cut short is not to end with something slower than what is in use
+    assert explore(PROBLEM).seeds == (candidate("none", 2), candidate("none", 1))
 
 
 def test_fingerprint_changes_with_what_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:

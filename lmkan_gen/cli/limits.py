@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lmkan_gen.cli.options import parse_cuda_device, parse_target
+from lmkan_gen.cli.options import TableOption, parse_cuda_device, parse_target
 
 
 def limits_command(
@@ -16,6 +16,7 @@ def limits_command(
     device: Annotated[
         str | None, typer.Option(metavar="cuda[:N]", help="A GPU of this machine, instead of --target.")
     ] = None,
+    table: TableOption = "float32",
 ) -> None:
     """Print the largest num_grids per operation, kernel family and tile size.
 
@@ -25,6 +26,7 @@ def limits_command(
     \b
     Examples:
       lmkan-gen limits --target sm_86
+      lmkan-gen limits --target sm_90 --table float16
       lmkan-gen limits --device cuda
     """
     if (target is None) == (device is None):
@@ -34,6 +36,7 @@ def limits_command(
     from rich.table import Table
 
     from lmkan_gen.limits import limits
+    from lmkan_gen.problem import TableDtype
 
     if target is None:
         assert device is not None
@@ -44,15 +47,16 @@ def limits_command(
         raise typer.BadParameter(
             "cpu kernels have no limit on num_grids; choose sm_75 ... sm_120", param_hint="--target"
         )
-    table = Table(title=f"{chip.name} ({chip.arch}, {chip.shared_memory_per_block // 1024} KiB per block)")
+    memory = f"{chip.shared_memory_per_block // 1024} KiB per block"
+    rows = Table(title=f"{chip.name} ({chip.arch}, {memory}), {table} tables")
     for heading in ("operation", "family", "tile", "variant"):
-        table.add_column(heading)
-    table.add_column("max num_grids", justify="right")
-    for limit in limits(chip):
+        rows.add_column(heading)
+    rows.add_column("max num_grids", justify="right")
+    for limit in limits(chip, TableDtype(table)):
         if limit.is_unlimited:
             largest = "no limit"
         else:
             largest = "does not fit" if limit.num_grids is None else str(limit.num_grids)
         tile = "-" if limit.tile is None else str(limit.tile)
-        table.add_row(limit.operation.value, limit.family, tile, limit.variant or "-", largest)
-    Console().print(table)
+        rows.add_row(limit.operation.value, limit.family, tile, limit.variant or "-", largest)
+    Console().print(rows)

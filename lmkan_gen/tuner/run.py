@@ -59,7 +59,7 @@ def tune(
         table: element type of the tables.
         trials: candidates to try per shape and operation.
         time_budget: seconds for the whole run, shared evenly; None: as long as it takes. At least
-            one candidate (the default, where there is one) is always measured.
+            one candidate (what is in use, or else the default) is always measured.
         output: tuning file to update, by default `default_output`. It is saved after every entry.
         resume: go on with what an earlier, interrupted run of the same search measured.
         storage_url: share the search with every process that names the same storage (see

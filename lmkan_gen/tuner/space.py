@@ -12,7 +12,7 @@ from lmkan_gen.codegen import render
 from lmkan_gen.families import Parameters, families, family
 from lmkan_gen.plan import Constant, KernelSpec
 from lmkan_gen.problem import Problem
-from lmkan_gen.selection import default_choice, tuned_choices
+from lmkan_gen.selection import Tier, default_choice, tuned_choices
 from lmkan_gen.toolchain import compiler
 
 _NEIGHBOURS = 3
@@ -52,7 +52,8 @@ class Space:
             are ``count``, then seeds that it had not left.
         rejected: how many points of the families' spaces each limit excludes.
         default: the analytic default; None when no family has one.
-        seeds: the default and the winners of similar problems: where a search should begin.
+        seeds: what was tuned for this very problem, the default, and the winners of similar problems: where
+            a search should begin.
     """
 
     problem: Problem
@@ -94,12 +95,11 @@ def explore(problem: Problem) -> Space:
                 feasible.append(Candidate.make(f.name, parameters))
     first = default_choice(problem)
     default = Candidate.make(first.family, first.parameters) if first and first.family else None
-    known = [default] if default else []
-    known += [
-        Candidate.make(c.family, c.parameters)
-        for c in islice(tuned_choices(problem), _NEIGHBOURS)
-        if c.family
-    ]
+    tuned = [c for c in islice(tuned_choices(problem), _NEIGHBOURS) if c.family]
+    # what runs now comes first: a search that is cut short must not end with something slower
+    known = [Candidate.make(c.family, c.parameters) for c in tuned if c.family and c.tier is Tier.EXACT]
+    known += [default] if default else []
+    known += [Candidate.make(c.family, c.parameters) for c in tuned if c.family]
     seeds = tuple(dict.fromkeys(known))
     # what is known to work stays in, even where pruning by waste is too strict
     everything = tuple(dict.fromkeys((*feasible, *seeds)))

@@ -79,11 +79,11 @@ constexpr int kItems = 16;                  // samples per sorting thread
 constexpr int kChunk = kSortThreads * kItems;        // samples sorted together
 constexpr int kShift = 0;                  // knots per sorting bucket, as a power of two
 constexpr int kBuckets = (kKnots >> kShift) + 1;
-constexpr int kVector = 2;                // outputs per lane
-constexpr int kSegment = 128;              // sorted samples walked by one warp
+constexpr int kVector = 8;                // outputs per lane
+constexpr int kSegment = 256;              // sorted samples walked by one warp
 constexpr int kUnroll = 4;                // samples asked for together
-constexpr int kOutWarps = 4;           // warps side by side along the outputs
-constexpr int kSegments = 2;            // segments in a block
+constexpr int kOutWarps = 2;           // warps side by side along the outputs
+constexpr int kSegments = 4;            // segments in a block
 constexpr int kWarps = kOutWarps * kSegments;
 static_assert(kSegment % (2 * kUnroll) == 0);
 
@@ -187,14 +187,20 @@ lmkan_sort_samples(const float* __restrict__ x, const float* __restrict__ border
     }
 }
 
-// A lane's outputs: groups of 2, 64 apart, so that a warp's accesses are contiguous.
+// A lane's outputs: groups of 4, 128 apart, so that a warp's accesses are contiguous.
 __device__ __forceinline__ void load_vector(const float* __restrict__ source, float (&values)[kVector]) {
-    const float2 v = __ldg(reinterpret_cast<const float2*>(source));
-    values[0] = v.x, values[1] = v.y;
+#pragma unroll
+    for (int k = 0; k < kVector; k += 4) {
+        const float4 v = __ldg(reinterpret_cast<const float4*>(source + 32 * k));
+        values[k] = v.x, values[k + 1] = v.y, values[k + 2] = v.z, values[k + 3] = v.w;
+    }
 }
 
 __device__ __forceinline__ void add_vector(float* target, const float (&values)[kVector]) {
-    asm volatile("red.global.add.v2.f32 [%0], { %1, %2 };" ::"l"(target), "f"(values[0]), "f"(values[1]) : "memory");
+#pragma unroll
+    for (int k = 0; k < kVector; k += 4)
+        asm volatile("red.global.add.v4.f32 [%0], { %1, %2, %3, %4 };" ::"l"(target + 32 * k), "f"(values[k]), "f"(values[k + 1]),
+                     "f"(values[k + 2]), "f"(values[k + 3]) : "memory");
 }
 
 // Reduces N (a power of two up to 32) values over the warp: lane l gets the sum of value l / (32 / N). Each
@@ -240,7 +246,7 @@ __device__ __forceinline__ void enter(Cell& cell, int knot, const float* table, 
 
 // A block walks kSegments runs of kSegment sorted samples of one pair for 32 * kVector * kOutWarps outputs.
 // grad_x: written where the block has all outputs, else added to.
-extern "C" __global__ void __launch_bounds__(kWarps * 32, 4)
+extern "C" __global__ void __launch_bounds__(kWarps * 32, 2)
 lmkan_grad_input_walk(const Record* __restrict__ records, const float* __restrict__ rows,
     const float* __restrict__ packed, const float* __restrict__ borders, float* __restrict__ grad_x, index_t batch, index_t first,
     index_t padded, index_t count, index_t pairs) {
@@ -249,7 +255,7 @@ lmkan_grad_input_walk(const Record* __restrict__ records, const float* __restric
     const index_t chunk = blockIdx.z / unsigned(pairs), pair = blockIdx.z - chunk * pairs;
     const index_t begin = (blockIdx.x * index_t(kSegments) + part) * kSegment;
     const int samples = int(max(index_t(0), min(index_t(kSegment), min(index_t(kChunk), count - chunk * kChunk) - begin)));
-    const index_t out = (blockIdx.y * index_t(kOutWarps) + out_warp) * (32 * kVector) + lane * 2;
+    const index_t out = (blockIdx.y * index_t(kOutWarps) + out_warp) * (32 * kVector) + lane * 4;
     const float* row = rows + out;
     const float* table = packed + pair * kKnots * padded + out;
     float* slopes = reinterpret_cast<float*>(staged + kSegments * kSegment) + warp * (2 * kSegment);  // [kSegment][2]

@@ -10,7 +10,7 @@
 // owns its part of the result, so without splits the order of every sum is fixed.
 typedef long long index_t;
 
-constexpr int kGrids = 18;
+constexpr int kGrids = 26;
 constexpr int kSide = kGrids + 1;            // knots along one axis
 constexpr int kKnots = kSide * kSide;
 constexpr int kHalf = kGrids / 2;
@@ -75,11 +75,11 @@ __device__ __forceinline__ void permute_by_xor(float (&values)[N], int key) {
 }
 
 constexpr int kPairs = 16;          // input pairs in the tile
-constexpr int kOuts = 8;            // outputs in the tile
+constexpr int kOuts = 4;            // outputs in the tile
 constexpr int kThreads = 768;
 constexpr int kCopy = 4;            // floats per staging copy
 constexpr int kWarps = kThreads / 32;
-constexpr int kAhead = 2;            // steps by which coordinates are asked for in advance
+constexpr int kAhead = 4;            // steps by which coordinates are asked for in advance
 constexpr int kPack = 1;             // outputs in a word of tables
 constexpr int kWords = kOuts / kPack;
 constexpr int kRows = kKnots;        // rows of tables: one per knot
@@ -130,8 +130,9 @@ __device__ __forceinline__ void load_tile(float* tile, const float* __restrict__
 }
 
 // Pre-pass: centred coordinates, once per input instead of once per output tile, in the order in which
-// lanes will ask for them: [pair tile][32 samples][step][lane], pair = step ^ low bits of lane.
-extern "C" __global__ void __launch_bounds__(256)
+// lanes will ask for them: [pair tile][32 samples][step][lane], pair = step ^ low bits of lane. Behind them stand
+// those of zeros for a block's lanes, which ask ahead, to read in vain.
+extern "C" __global__ void __launch_bounds__(256, 2)
 lmkan_coordinates(const float* __restrict__ x, const float* __restrict__ borders, float2* __restrict__ coordinates,
                   index_t batch, index_t pairs) {
     __shared__ float knots[kSide];
@@ -140,13 +141,14 @@ lmkan_coordinates(const float* __restrict__ x, const float* __restrict__ borders
     const index_t units = (batch + 31) / 32;
     const index_t tiles = (pairs + kPairs - 1) / kPairs;
     const int lane = threadIdx.x % 32;
-    for (index_t job = blockIdx.x * index_t(8) + threadIdx.x / 32; job < tiles * units; job += gridDim.x * index_t(8)) {
+    for (index_t job = blockIdx.x * index_t(8) + threadIdx.x / 32; job < tiles * units + kWarps;
+         job += gridDim.x * index_t(8)) {
         const index_t tile = job / units, sample = (job - tile * units) * 32 + lane;
         float v1[kPairs], v2[kPairs];
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) {
             const index_t pair = tile * kPairs + p;
-            const bool inside = sample < batch;
+            const bool inside = sample < batch && tile < tiles;
             v1[p] = inside ? x[2 * pair * batch + sample] : 0.0f;
             v2[p] = inside ? x[(2 * pair + 1) * batch + sample] : 0.0f;
         }
@@ -323,8 +325,7 @@ lmkan_forward(COORDINATE_PARAMETERS, const float* __restrict__ table, float* __r
                         FOR_EACH_WORD(base, EVALUATE)
                     }
                 }
-                permute_by_xor<kSpan, kPack>(sum, kPack * rotation);
-                if (sample < batch) store_rows<kSpan>(rows, sum, batch, outs - out, update, 0);
+                if (sample < batch) store_rows<kSpan>(rows, sum, batch, outs - out, update, kPack * rotation);
             }
         }
         begin += last - first;
