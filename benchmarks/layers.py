@@ -78,6 +78,7 @@ OPERATIONS = {
     "forward_int8": Work("forward\nint8", Operation.FORWARD, TableDtype.INT8, everywhere=False),
     "grad_input": Work("grad\ninput", Operation.GRAD_INPUT),
     "backward": Work("lmKAN\nbackward", Operation.BACKWARD),
+    "backward_float16": Work("backward\nfloat16", Operation.BACKWARD, TableDtype.FLOAT16, everywhere=False),
 }
 PUBLISHED_OPERATIONS = ("forward", "backward")
 LINEARS = {"linear_float32": torch.float32, "linear_tf32": torch.float32, "linear_bfloat16": torch.bfloat16}

@@ -78,8 +78,9 @@ def lmkan(
         fast: prefer the backward kernel that trades shared memory for speed.
         table_dtype: what float32 tables are rounded to for the computation: ``"float32"``, ``"float16"``,
             ``"bfloat16"``, or ``"int8"``, which is for inference. None: float32, or under
-            ``torch.autocast`` for CUDA its dtype (and then ``x`` may be of any float dtype). Sums and
-            gradients stay float32.
+            ``torch.autocast`` for CUDA its dtype (and then ``x`` may be of any float dtype). Sums stay
+            float32, and so do gradients, but those of the output are rounded like the table first: scale
+            the loss for float16.
 
     Returns:
         ``[O, B]``, of the dtype of ``x``; float32 under autocast.

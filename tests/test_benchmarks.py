@@ -33,6 +33,7 @@ EMPTY = (
         for table in ("float16", "int8")
         for what in ("us", "iqr_us", "family", "parameters", "of_ceiling")
     ),
+    *(f"backward_float16_{what}" for what in ("us", "iqr_us", "family", "parameters")),
 )
 
 

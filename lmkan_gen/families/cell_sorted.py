@@ -9,13 +9,15 @@ from collections.abc import Mapping
 
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Workspace
-from lmkan_gen.problem import Operation, Problem
+from lmkan_gen.problem import Operation, Problem, TableDtype
 
 _WARP = 32
 _SORT_THREADS = 1024
 _BLOCK_WARPS = 8
 _MAX_BUCKETS = 8192  # 32 KiB of counters: fits the default shared memory of every GPU
 _RECORD_BYTES = 16
+#: of an output gradient or a coefficient, which are rounded together
+_VALUE_BYTES = {TableDtype.FLOAT32: 4, TableDtype.FLOAT16: 2, TableDtype.BFLOAT16: 2}
 _REGISTERS = 65536
 _MAX_GRID = 65535  # blocks along the second and third axis
 #: samples sorted at a time are bounded so that scratch memory is, whatever the batch
@@ -29,6 +31,10 @@ class CellSorted(Family):
     device_kind = "cuda"
     operations = frozenset({Operation.GRAD_INPUT, Operation.GRAD_TABLE, Operation.BACKWARD})
     idea = "samples sorted by cell, a warp walks a run with the cell's corners in registers"
+
+    def computes(self, operation: Operation, table: TableDtype) -> bool:
+        """See base class."""
+        return operation in self.operations and table in _VALUE_BYTES
 
     def space(self, operation: Operation) -> Mapping[str, tuple[Constant, ...]]:
         """See base class.
@@ -87,7 +93,8 @@ class CellSorted(Family):
             )
         with_input = problem.operation is not Operation.GRAD_TABLE
         with_table = problem.operation is not Operation.GRAD_INPUT
-        kept = (2 * unroll + 4 * with_table + 3 * with_input) * vector + 2 * unroll * with_input
+        asked = 2 * unroll * _VALUE_BYTES[problem.table] / 4
+        kept = (asked + 4 * with_table + 3 * with_input) * vector + 2 * unroll * with_input
         # addresses and weights; before sm_90 additions are single, each with an address of its own
         kept += 24 if device.compute_capability >= 90 else 40
         limit = min(255, _REGISTERS // (blocks * _WARP * _warps(problem, vector)))
@@ -105,7 +112,11 @@ class CellSorted(Family):
     def _scratch(problem: Problem, items: int, vector: int) -> int:
         """Bytes of one chunk's records and transposed gradients (packed tables come on top)."""
         shape = problem.shape
-        return _SORT_THREADS * items * (_RECORD_BYTES * shape.pairs + 4 * _padded(shape.outputs, vector))
+        return (
+            _SORT_THREADS
+            * items
+            * (_RECORD_BYTES * shape.pairs + _VALUE_BYTES[problem.table] * _padded(shape.outputs, vector))
+        )
 
     @staticmethod
     def _shared_memory(problem: Problem, parameters: Parameters) -> int:
@@ -157,6 +168,7 @@ class CellSorted(Family):
                 "segments": _warps(problem, vector) // out_warps,
                 "shift": _shift(problem.shape.knots),
                 "capability": problem.device.compute_capability,
+                "table": str(problem.table),
             },
         )
 
@@ -169,7 +181,8 @@ class CellSorted(Family):
         padded = _padded(shape.outputs, vector)
         out_warps, warps = _out_warps(problem, vector), _warps(problem, vector)
         out_blocks = -(-padded // (_WARP * vector * out_warps))
-        packed_bytes = 4 * padded * shape.knots * shape.pairs
+        coefficients = padded * shape.knots * shape.pairs
+        value_bytes = _VALUE_BYTES[problem.table]
         tiles = (shape.knots, -(-shape.outputs // 32), -(-shape.pairs // 32))
         chunks = max(
             1, min(WORKSPACE_BYTES // self._scratch(problem, items, vector), _MAX_GRID // shape.pairs)
@@ -177,15 +190,15 @@ class CellSorted(Family):
         slab = min(chunk * chunks, -(-shape.batch // chunk) * chunk)
         workspaces = [
             Workspace("records", _RECORD_BYTES * shape.pairs * slab),
-            Workspace("rows", 4 * padded * (min(slab, shape.batch) + 1)),
+            Workspace("rows", value_bytes * padded * (min(slab, shape.batch) + 1)),
         ]
         steps: list[Fill | Launch] = []
         sizes = (shape.pairs, shape.outputs, padded)
         if with_table:
-            workspaces.append(Workspace("sums", packed_bytes))
+            workspaces.append(Workspace("sums", 4 * coefficients))
             steps.append(Fill("sums"))
         if with_input:
-            workspaces.append(Workspace("packed", packed_bytes))
+            workspaces.append(Workspace("packed", value_bytes * coefficients))
             # all of the padded outputs are read, so all of them are written
             grid = (shape.knots, padded // 32, -(-shape.pairs // 32))
             steps.append(Launch("lmkan_pack_table", ("table", "packed", *sizes), grid, 256))

@@ -10,7 +10,7 @@
 // The gradients of the samples to come are asked for before those at hand are used.
 typedef long long index_t;
 
-constexpr int kGrids = 40;
+constexpr int kGrids = 12;
 constexpr int kSide = kGrids + 1;            // knots along one axis
 constexpr int kKnots = kSide * kSide;
 constexpr int kHalf = kGrids / 2;
@@ -75,17 +75,28 @@ __device__ __forceinline__ void permute_by_xor(float (&values)[N], int key) {
 }
 
 constexpr int kSortThreads = 1024;
-constexpr int kItems = 16;                  // samples per sorting thread
+constexpr int kItems = 1;                  // samples per sorting thread
 constexpr int kChunk = kSortThreads * kItems;        // samples sorted together
 constexpr int kShift = 0;                  // knots per sorting bucket, as a power of two
 constexpr int kBuckets = (kKnots >> kShift) + 1;
 constexpr int kVector = 8;                // outputs per lane
+constexpr int kGroup = 4;                 // neighbouring ones among them
 constexpr int kSegment = 512;              // sorted samples walked by one warp
 constexpr int kUnroll = 2;                // samples asked for together
-constexpr int kOutWarps = 2;           // warps side by side along the outputs
-constexpr int kSegments = 4;            // segments in a block
+constexpr int kOutWarps = 4;           // warps side by side along the outputs
+constexpr int kSegments = 2;            // segments in a block
 constexpr int kWarps = kOutWarps * kSegments;
 static_assert(kSegment % (2 * kUnroll) == 0);
+
+typedef float value_t;  // of gradients and tables
+
+__device__ __forceinline__ value_t to_value(float v) {
+    return v;
+}
+
+__device__ __forceinline__ float to_float(value_t v) {
+    return v;
+}
 
 struct __align__(16) Record {
     float d1, d2;
@@ -95,7 +106,7 @@ struct __align__(16) Record {
 
 // grad[O][batch] -> rows[sample][O padded], for `count` samples from `first` on; then one row of zeros.
 extern "C" __global__ void __launch_bounds__(256)
-lmkan_transpose_gradient(const float* __restrict__ grad, float* __restrict__ rows, index_t batch, index_t outs,
+lmkan_transpose_gradient(const float* __restrict__ grad, value_t* __restrict__ rows, index_t batch, index_t outs,
                          index_t padded, index_t first, index_t count) {
     __shared__ float tile[32][33];
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
@@ -106,7 +117,7 @@ lmkan_transpose_gradient(const float* __restrict__ grad, float* __restrict__ row
     }
     __syncthreads();
     for (int r = row; r < 32; r += 8)
-        if (sample0 + r <= count) rows[(sample0 + r) * padded + out0 + lane] = tile[lane][r];
+        if (sample0 + r <= count) rows[(sample0 + r) * padded + out0 + lane] = to_value(tile[lane][r]);
 }
 
 // Work goes in slabs of several chunks, as many as the workspace holds: a chunk is what is sorted together, and
@@ -187,20 +198,39 @@ lmkan_sort_samples(const float* __restrict__ x, const float* __restrict__ border
     }
 }
 
-// A lane's outputs: groups of 4, 128 apart, so that a warp's accesses are contiguous.
-__device__ __forceinline__ void load_vector(const float* __restrict__ source, float (&values)[kVector]) {
+// A lane's outputs: groups of kGroup, 32 kGroup apart, so that a warp's accesses are contiguous. As they are read;
+// to convert them would mean to wait for them.
+struct Values {
+    struct __align__(kGroup * sizeof(value_t)) Group {
+        value_t of[kGroup];
+    } groups[kVector / kGroup];
+
+    __device__ __forceinline__ float operator[](int k) const { return to_float(groups[k / kGroup].of[k % kGroup]); }
+};
+
+__device__ __forceinline__ Values load_vector(const value_t* __restrict__ source) {
+    Values values;
 #pragma unroll
-    for (int k = 0; k < kVector; k += 4) {
-        const float4 v = __ldg(reinterpret_cast<const float4*>(source + 32 * k));
-        values[k] = v.x, values[k + 1] = v.y, values[k + 2] = v.z, values[k + 3] = v.w;
+    for (int k = 0; k < kVector / kGroup; ++k) {
+        constexpr int bytes = kGroup * sizeof(value_t);
+        const void* address = source + 32 * kGroup * k;
+        void* target = values.groups + k;
+        if (bytes == 16) *static_cast<uint4*>(target) = __ldg(static_cast<const uint4*>(address));
+        if (bytes == 8) *static_cast<uint2*>(target) = __ldg(static_cast<const uint2*>(address));
+        if (bytes == 4) *static_cast<unsigned*>(target) = __ldg(static_cast<const unsigned*>(address));
+        if (bytes == 2) *static_cast<unsigned short*>(target) = __ldg(static_cast<const unsigned short*>(address));
     }
+    return values;
 }
+
+// Where a lane's output k is, from its first one.
+__device__ __forceinline__ constexpr int offset_of(int k) { return 32 * kGroup * (k / kGroup) + k % kGroup; }
 
 __device__ __forceinline__ void add_vector(float* target, const float (&values)[kVector]) {
 #pragma unroll
     for (int k = 0; k < kVector; k += 4)
-        asm volatile("red.global.add.v4.f32 [%0], { %1, %2, %3, %4 };" ::"l"(target + 32 * k), "f"(values[k]), "f"(values[k + 1]),
-                     "f"(values[k + 2]), "f"(values[k + 3]) : "memory");
+        asm volatile("red.global.add.v4.f32 [%0], { %1, %2, %3, %4 };" ::"l"(target + offset_of(k)), "f"(values[k]),
+                     "f"(values[k + 1]), "f"(values[k + 2]), "f"(values[k + 3]) : "memory");
 }
 
 // Reduces N (a power of two up to 32) values over the warp: lane l gets the sum of value l / (32 / N). Each
@@ -239,7 +269,7 @@ __device__ __forceinline__ void flush(const Cell& cell, float* sums, index_t pad
     }
 }
 
-__device__ __forceinline__ void enter(Cell& cell, int knot, const float* table, float* sums, index_t padded, bool first) {
+__device__ __forceinline__ void enter(Cell& cell, int knot, const value_t* table, float* sums, index_t padded, bool first) {
     const bool neighbour = !first && knot == cell.knot + 1;
     if (!first) flush(cell, sums, padded, !neighbour);
 #pragma unroll
@@ -249,12 +279,9 @@ __device__ __forceinline__ void enter(Cell& cell, int knot, const float* table, 
         cell.c01[k] = cell.c11[k] = 0.0f;
     }
     cell.knot = knot;
-    const float* corner = table + knot * padded;
-    float t00[kVector], t01[kVector], t10[kVector], t11[kVector];
-    load_vector(corner, t00);
-    load_vector(corner + padded, t01);
-    load_vector(corner + kSide * padded, t10);
-    load_vector(corner + (kSide + 1) * padded, t11);
+    const value_t* corner = table + knot * padded;
+    const Values t00 = load_vector(corner), t01 = load_vector(corner + padded);
+    const Values t10 = load_vector(corner + kSide * padded), t11 = load_vector(corner + (kSide + 1) * padded);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
         cell.along1[k] = t10[k] - t00[k];
@@ -267,8 +294,8 @@ __device__ __forceinline__ void enter(Cell& cell, int knot, const float* table, 
 // sums[pair][knot][O padded] += w * gradient.
 // grad_x: written where the block has all outputs, else added to.
 extern "C" __global__ void __launch_bounds__(kWarps * 32, 2)
-lmkan_backward_walk(const Record* __restrict__ records, const float* __restrict__ rows,
-    const float* __restrict__ packed, const float* __restrict__ borders, float* __restrict__ grad_x, index_t batch, index_t first,
+lmkan_backward_walk(const Record* __restrict__ records, const value_t* __restrict__ rows,
+    const value_t* __restrict__ packed, const float* __restrict__ borders, float* __restrict__ grad_x, index_t batch, index_t first,
     float* __restrict__ sums,
     index_t padded, index_t count, index_t pairs) {
     extern __shared__ __align__(16) Record staged[];     // [kSegments][kSegment]
@@ -276,10 +303,10 @@ lmkan_backward_walk(const Record* __restrict__ records, const float* __restrict_
     const index_t chunk = blockIdx.z / unsigned(pairs), pair = blockIdx.z - chunk * pairs;
     const index_t begin = (blockIdx.x * index_t(kSegments) + part) * kSegment;
     const int samples = int(max(index_t(0), min(index_t(kSegment), min(index_t(kChunk), count - chunk * kChunk) - begin)));
-    const index_t out = (blockIdx.y * index_t(kOutWarps) + out_warp) * (32 * kVector) + lane * 4;
-    const float* row = rows + out;
+    const index_t out = (blockIdx.y * index_t(kOutWarps) + out_warp) * (32 * kVector) + lane * kGroup;
+    const value_t* row = rows + out;
     float* sum = sums + pair * kKnots * padded + out;
-    const float* table = packed + pair * kKnots * padded + out;
+    const value_t* table = packed + pair * kKnots * padded + out;
     float* slopes = reinterpret_cast<float*>(staged + kSegments * kSegment) + warp * (2 * kSegment);  // [kSegment][2]
     // Here a record's sample is the offset of its row. Records behind the last one point to zeros.
     Record* run = staged + part * kSegment;
@@ -292,19 +319,17 @@ lmkan_backward_walk(const Record* __restrict__ records, const float* __restrict_
     }
     __syncthreads();
 
-    auto ask = [&](float (&g)[kUnroll][kVector], int position) {
+    auto ask = [&](Values (&g)[kUnroll], int position) {
         if (position < samples) {
 #pragma unroll
-            for (int u = 0; u < kUnroll; ++u) load_vector(row + unsigned(run[position + u].sample), g[u]);
+            for (int u = 0; u < kUnroll; ++u) g[u] = load_vector(row + unsigned(run[position + u].sample));
         } else {  // without this branch ptxas takes 40 registers more
 #pragma unroll
-            for (int u = 0; u < kUnroll; ++u)
-#pragma unroll
-                for (int k = 0; k < kVector; ++k) g[u][k] = 0.0f;
+            for (int u = 0; u < kUnroll; ++u) g[u] = {};
         }
     };
     Cell cell;
-    auto visit = [&](const float (&g)[kUnroll][kVector], int position) {
+    auto visit = [&](const Values (&g)[kUnroll], int position) {
         float slope[2 * kUnroll];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
@@ -334,7 +359,7 @@ lmkan_backward_walk(const Record* __restrict__ records, const float* __restrict_
         if (lane % kSpread == 0) slopes[2 * position + lane / kSpread] = reduced;
     };
     if (samples > 0) {
-        float even[kUnroll][kVector], odd[kUnroll][kVector];
+        Values even[kUnroll], odd[kUnroll];
         ask(even, 0);
         enter(cell, run[0].knot, table, sum, padded, true);
 #pragma unroll 1
@@ -372,7 +397,7 @@ lmkan_backward_walk(const Record* __restrict__ records, const float* __restrict_
 
 // table[knot][O][pair] -> packed[pair][knot][O padded], zeros beyond the outputs.
 extern "C" __global__ void __launch_bounds__(256)
-lmkan_pack_table(const float* __restrict__ table, float* __restrict__ packed, index_t pairs, index_t outs, index_t padded) {
+lmkan_pack_table(const float* __restrict__ table, value_t* __restrict__ packed, index_t pairs, index_t outs, index_t padded) {
     __shared__ float tile[32][33];
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
     const index_t knot = blockIdx.x, out0 = blockIdx.y * index_t(32), pair0 = blockIdx.z * index_t(32);
@@ -382,7 +407,7 @@ lmkan_pack_table(const float* __restrict__ table, float* __restrict__ packed, in
     }
     __syncthreads();
     for (int r = row; r < 32; r += 8)
-        if (pair0 + r < pairs) packed[((pair0 + r) * kKnots + knot) * padded + out0 + lane] = tile[lane][r];
+        if (pair0 + r < pairs) packed[((pair0 + r) * kKnots + knot) * padded + out0 + lane] = to_value(tile[lane][r]);
 }
 
 // sums[pair][knot][O padded] -> grad_table[knot][O][pair].
