@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from lmkan_gen import LMKAN2DLayer
+
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLE = re.compile(r"LMKAN_GEN_[A-Z_]+")
 
@@ -62,8 +64,9 @@ def test_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None
     assert "__global__" in source
 
 
-def test_readme_example_runs_as_printed() -> None:
-    example, network = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_readme_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # one of them saves a file
+    example, narrow, network = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     if not torch.cuda.is_available():
         example = example.replace(".cuda()", "")
     names: dict[str, object] = {}
@@ -72,6 +75,12 @@ def test_readme_example_runs_as_printed() -> None:
     assert isinstance(output, torch.Tensor)
     assert output.shape == (128, 1024)
     assert output.isfinite().all()
+    exec(narrow, names)
+    layer, other = names["layer"], names["other"]
+    assert isinstance(layer, LMKAN2DLayer)
+    assert isinstance(other, LMKAN2DLayer)
+    assert layer.frozen is None
+    assert other.frozen is not None
     exec(network, names)  # its assertion holds
 
 
