@@ -132,6 +132,26 @@ def test_right_kernels_pass_and_any_wrong_output_fails(
                 case.check(kernel(operation, outside), "what")
 
 
+@pytest.mark.parametrize("table", [t for t in TableDtype if t is not TableDtype.FLOAT32])
+def test_narrow_tables_may_be_off_a_little_everywhere_but_not_much_anywhere(table: TableDtype) -> None:
+    case = make_case(Operation.FORWARD, SHAPE, CPU, 1.0, 8, table)
+    limit = TOLERANCES[table]
+
+    def off(everywhere: float, somewhere: float) -> None:
+        def change(b: Mapping[str, Tensor]) -> None:
+            norm = float(b["y"].norm()) / b["y"].numel() ** 0.5
+            b["y"] += everywhere * limit * norm * torch.randn_like(b["y"]).sign()
+            b["y"][0, 0] += somewhere * limit * float(b["y"].abs().max())
+
+        case.check(kernel(Operation.FORWARD, change), "what")
+
+    off(0.5, 0.0)
+    with pytest.raises(Mismatch):
+        off(2.0, 0.0)
+    with pytest.raises(Mismatch):
+        off(0.0, 8.0)
+
+
 def test_state_left_from_run_to_run_is_found() -> None:
     runs: list[None] = []
 
