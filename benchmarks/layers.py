@@ -272,11 +272,13 @@ def main(
     small = [s for s in PUBLISHED if s.batch <= 16384 and max(s.inputs, s.outputs) <= 128]
     default = small if kind == "cpu" else list(PUBLISHED)
     shapes = [parse_shape(text) for text in shape] if shape else default
+    rows: list[Row] = []
     with torch.no_grad():
-        rows = [time_row(s, where) for s in track(shapes, "timing", console=Console(stderr=True))]
+        for s in track(shapes, "timing", console=Console(stderr=True)):
+            rows.append(time_row(s, where))
+            if output is not None:  # what was measured is not lost with the rest
+                write_csv(rows, output)
     (print_times if kind == "cuda" else print_ratios)(rows)
-    if output is not None:
-        write_csv(rows, output)
 
 
 if __name__ == "__main__":
