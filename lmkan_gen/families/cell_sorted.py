@@ -59,6 +59,10 @@ class CellSorted(Family):
         shape, device = problem.shape, problem.device
         items, segment, vector, unroll, blocks = _values(parameters)
         found = []
+        if problem.table is TableDtype.BFLOAT16 and device.compute_capability < 80:
+            found.append(
+                Violation("architecture", f"bfloat16 needs sm_80 or newer, {device.name} is {device.arch}")
+            )
         if problem.deterministic:
             found.append(Violation("deterministic", "warps add to the same element in an order that varies"))
         if shape.pairs > _MAX_GRID:
