@@ -7,12 +7,9 @@ implementation was measured on, its times stand beside ours.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 import typer
@@ -21,9 +18,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.common import DeviceOption, OutputOption, ShapeOption, choose_device, choose_shapes, write_csv
 from lmkan_gen import device as devices
 from lmkan_gen import dispatch
-from lmkan_gen.cli.options import parse_shape
 from lmkan_gen.families import Demand
 from lmkan_gen.problem import LayerShape, Operation, TableDtype
 from lmkan_gen.tuner.bench import rotated_buffers
@@ -51,6 +48,14 @@ PUBLISHED = {
     LayerShape(4096, 4096, 4, 64): (1.066, 4.750),
 }
 PUBLISHED_ON = "NVIDIA H200"
+
+
+def published_on(device: torch.device) -> list[LayerShape]:
+    """The published shapes that a device is quick with; a CPU would take long for most."""
+    quick = (s for s in PUBLISHED if s.batch <= 16384 and max(s.inputs, s.outputs) <= 128)
+    return list(PUBLISHED if device.type == "cuda" else quick)
+
+
 #: its shared memory, conflict-free, as measured
 SHARED_BYTES_PER_US = 32.6e6
 #: what a function evaluation reads of it: four corners, in int8 a word that holds them
@@ -242,43 +247,16 @@ def _ratio(a: Timing, b: Timing) -> str:
     return f"{a.median / b.median:.2f} ±{a.iqr / a.median + b.iqr / b.median:.0%}"
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
-    """One line per row; empty where something was not measured."""
-    records = [row.record() for row in rows]
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-
-
-def main(
-    device: Annotated[
-        Literal["cuda", "cpu"] | None, typer.Option(help="By default a GPU, where there is one.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="CSV file for all numbers and the kernels chosen.")
-    ] = None,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(metavar="IN,OUT,GRIDS,BATCH", help="Layer calls to time; by default those published."),
-    ] = None,
-) -> None:
+def main(device: DeviceOption = None, output: OutputOption = None, shape: ShapeOption = None) -> None:
     """Time lmKAN layers beside linear layers of their shapes."""
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("torch sees no CUDA device", param_hint="--device")
-    where = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
-    # a CPU would take long for the others
-    small = [s for s in PUBLISHED if s.batch <= 16384 and max(s.inputs, s.outputs) <= 128]
-    default = small if kind == "cpu" else list(PUBLISHED)
-    shapes = [parse_shape(text) for text in shape] if shape else default
+    where = choose_device(device)
     rows: list[Row] = []
     with torch.no_grad():
-        for s in track(shapes, "timing", console=Console(stderr=True)):
+        for s in track(choose_shapes(shape, published_on(where)), "timing", console=Console(stderr=True)):
             rows.append(time_row(s, where))
-            if output is not None:  # what was measured is not lost with the rest
-                write_csv(rows, output)
-    (print_times if kind == "cuda" else print_ratios)(rows)
+            if output is not None:
+                write_csv((row.record() for row in rows), output)
+    (print_times if where.type == "cuda" else print_ratios)(rows)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,9 @@ Run from the top of the repository: python -m benchmarks.skew
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 import typer
@@ -21,9 +18,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.common import DeviceOption, OutputOption, ShapeOption, choose_device, choose_shapes, write_csv
 from lmkan_gen import device as devices
 from lmkan_gen import dispatch, reference
-from lmkan_gen.cli.options import parse_shape
 from lmkan_gen.families import Demand
 from lmkan_gen.grid import coordinates
 from lmkan_gen.problem import LayerShape, Operation
@@ -177,36 +174,16 @@ def print_rows(rows: list[Row]) -> None:
     Console().print(table)
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
-    """One line per shape and distribution."""
-    records = [record for row in rows for record in row.records()]
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-
-
-def main(
-    device: Annotated[
-        Literal["cuda", "cpu"] | None, typer.Option(help="By default a GPU, where there is one.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="CSV file for all numbers.")] = None,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(metavar="IN,OUT,GRIDS,BATCH", help="Layer calls to time; repeatable."),
-    ] = None,
-) -> None:
+def main(device: DeviceOption = None, output: OutputOption = None, shape: ShapeOption = None) -> None:
     """Time both gradients on skewed inputs, and compare them with the definition."""
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("torch sees no CUDA device", param_hint="--device")
-    where = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
-    shapes = [parse_shape(text) for text in shape] if shape else SHAPES[kind]
+    where = choose_device(device)
+    rows: list[Row] = []
     with torch.no_grad():
-        rows = [measure_row(s, where) for s in track(shapes, "timing", console=Console(stderr=True))]
+        for s in track(choose_shapes(shape, SHAPES[where.type]), "timing", console=Console(stderr=True)):
+            rows.append(measure_row(s, where))
+            if output is not None:
+                write_csv((record for row in rows for record in row.records()), output)
     print_rows(rows)
-    if output is not None:
-        write_csv(rows, output)
     wrong = [(r, n, e) for r in rows for n, e in r.errors.items() if not e <= TOLERANCE]
     for row, name, e in wrong:
         typer.echo(f"{row.shape}, {name}: error {e:.1e}, limit {TOLERANCE:.0e}", err=True)

@@ -9,12 +9,9 @@ Run from the top of the repository: python -m benchmarks.training
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 import typer
@@ -23,10 +20,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.layers import PUBLISHED, PUBLISHED_ON, time_lmkan
+from benchmarks.common import DeviceOption, OutputOption, ShapeOption, choose_device, choose_shapes, write_csv
+from benchmarks.layers import PUBLISHED, PUBLISHED_ON, published_on, time_lmkan
 from lmkan_gen import LMKAN2DLayer
 from lmkan_gen import device as devices
-from lmkan_gen.cli.options import parse_shape
 from lmkan_gen.problem import LayerShape, Operation
 from lmkan_gen.tuner.measure import Timing, copies_past_cache, measure
 from lmkan_gen.tuner.report import duration
@@ -226,37 +223,15 @@ def _table(title: str) -> Table:
     return table
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
-    """One line per row; empty where something was not measured."""
-    records = [row.record() for row in rows]
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-
-
-def main(
-    device: Annotated[
-        Literal["cuda", "cpu"] | None, typer.Option(help="By default a GPU, where there is one.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="CSV file for all numbers.")] = None,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(metavar="IN,OUT,GRIDS,BATCH", help="Layers to time; by default those published."),
-    ] = None,
-) -> None:
+def main(device: DeviceOption = None, output: OutputOption = None, shape: ShapeOption = None) -> None:
     """Time a whole training step of lmKAN layers beside an MLP of equal width."""
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("torch sees no CUDA device", param_hint="--device")
-    where = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
-    # a CPU would take long for the others
-    small = [s for s in PUBLISHED if s.batch <= 16384 and max(s.inputs, s.outputs) <= 128]
-    shapes = [parse_shape(text) for text in shape] if shape else small if kind == "cpu" else list(PUBLISHED)
-    rows = [time_row(s, where) for s in track(shapes, "timing", console=Console(stderr=True))]
+    where = choose_device(device)
+    rows: list[Row] = []
+    for s in track(choose_shapes(shape, published_on(where)), "timing", console=Console(stderr=True)):
+        rows.append(time_row(s, where))
+        if output is not None:
+            write_csv((row.record() for row in rows), output)
     print_times(rows)
-    if output is not None:
-        write_csv(rows, output)
 
 
 if __name__ == "__main__":
