@@ -29,6 +29,7 @@ _STAGING_RATE = 52e3  # of one multiprocessor, from the level-2 cache
 _CACHE_BYTES = 36 << 20  # results that stay in the level-2 cache from one tile to the next
 _CYCLES_PER_US = 1900.0
 _LAUNCH_US = 2.0
+_TILE_US = 4.0  # from asking for a tile until all warps are at work on it; other blocks use the time
 #: with `pairs` these make rows of tables that are whole multiples of 32 banks
 _OUTS = (4, 8, 10, 12, 16, 20, 24, 28, 32)
 
@@ -176,6 +177,9 @@ class TileStationary(Family):
                 for p, o in tiles
                 for t, m in ((512, "normal"), (256, "normal"), (128, "fast"))
             ]
+        # few samples want small blocks; input gradients have too many registers for as many as would help
+        few = (64, 128) if problem.operation is Operation.FORWARD else ()
+        threads = (*few, 256, 512, 768)
         return [
             {
                 "pairs": p,
@@ -188,7 +192,7 @@ class TileStationary(Family):
             }
             for p in (2, 4, 8, 16)
             for o in (4, 8, 16, 32)
-            for t in (256, 512, 768)
+            for t in threads
             for c in ("prepass", "inline")
             for ranges in ("even", "whole")
             for access in ("rotated", "aligned")
@@ -212,15 +216,13 @@ class TileStationary(Family):
         if parameters.get("access") == "rotated":  # pieces of lines
             rate *= min(1.0, 0.6 + _integer(parameters, "pairs") / 40)
         straddles = bool(segments % grid and grid % segments)
-        loads = (-(-segments // grid) + straddles) * summed / splits * sharing
+        loads = (-(-segments // grid) + straddles) * summed / splits  # of one block
+        staging = self._staging_us(problem, parameters)
+        staging = max(staging * sharing, staging + _TILE_US)
         launches = (
             1 + (_coordinates(parameters) != "inline") + (splits > 1) + (operation is Operation.BACKWARD)
         )
-        return (
-            max(compute, updated * summed / rate)
-            + loads * self._staging_us(problem, parameters)
-            + launches * _LAUNCH_US
-        )
+        return max(compute, updated * summed / rate) + loads * staging + launches * _LAUNCH_US
 
     @staticmethod
     def _unit_us(problem: Problem, parameters: Parameters) -> float:
