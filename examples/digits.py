@@ -162,6 +162,17 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return float((model(x).argmax(0) == y).float().mean())
 
 
+@contextmanager
+def frozen(model: LmKan, dtype: torch.dtype) -> Iterator[None]:
+    """The model with narrow tables, for a while."""
+    layers = [m for m in model if isinstance(m, LMKAN2DLayer)]
+    for layer in layers:
+        layer.eval().freeze(dtype)
+    yield
+    for layer in layers:
+        layer.unfreeze()
+
+
 def best_device() -> torch.device:
     """The GPU with most multiprocessors, else the CPU."""
     count = torch.cuda.device_count()
@@ -303,6 +314,16 @@ def main(
             f"{accuracy(model, data.train_x, data.train_y):.4f}",
             f"{tested[name]:.4f}",
         )
+        if isinstance(model, LmKan):
+            for dtype in (torch.float16, torch.int8):
+                with frozen(model, dtype):
+                    results.add_row(
+                        f"  {str(dtype).removeprefix('torch.')} tables",
+                        "",
+                        "",
+                        f"{accuracy(model, data.train_x, data.train_y):.4f}",
+                        f"{accuracy(model, data.test_x, data.test_y):.4f}",
+                    )
 
     console.print("[bold]3. results[/]")
     lmkan = models["lmKAN"]

@@ -126,3 +126,7 @@ def test_digits_example_reaches_its_accuracy(compiler: bool, tmp_path: Path) -> 
     assert done.returncode == 0, done.stdout + done.stderr
     assert output.exists() == compiler
     assert ("plain torch runs instead" in done.stderr) == (not compiler)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines()]
+    tested = {row[0]: float(row[4]) for row in rows if len(row) == 5 and re.fullmatch(r"[01]\.\d+", row[4])}
+    for narrow in ("float16 tables", "int8 tables"):
+        assert abs(tested[narrow] - tested["lmKAN"]) <= 0.003
