@@ -23,7 +23,7 @@ def plot_command(
     layer: Annotated[str | None, typer.Option(help="Which lmKAN layer, if there are several.")] = None,
     inputs: Annotated[
         Path | None,
-        typer.Option(help="What reached the layer, [inputs, samples]: a tensor (.pt) or an array (.npy)."),
+        typer.Option(help="What reached the layer, a tensor (.pt) or an array (.npy) of inputs x samples."),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many of the strongest functions to draw.")] = 9,
     output: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("plots"),
