@@ -22,12 +22,13 @@ from lmkan_gen import hessian_reference, packing, reference
 from lmkan_gen.families import Demand, family
 from lmkan_gen.packing import PackedTable
 from lmkan_gen.plan import KernelSpec, LaunchPlan
-from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
+from lmkan_gen.problem import DEFAULT_WORKSPACE, LayerShape, Operation, Problem, TableDtype
 
 if TYPE_CHECKING:
     from lmkan_gen.selection import Choice
 
 DISABLE_VARIABLE = "LMKAN_GEN_DISABLE_KERNELS"
+WORKSPACE_VARIABLE = "LMKAN_GEN_WORKSPACE"
 
 Buffers = Mapping[str, Tensor]
 Run = Callable[[Buffers], None]
@@ -113,8 +114,8 @@ def execute(
         constant: whether it pays to arrange the table for this and later calls; a packed one always is.
 
     Raises:
-        ValueError: the demand cannot be honoured, the device is neither a CPU nor a CUDA device, or the table
-            cannot be packed.
+        ValueError: the demand cannot be honoured, the device is neither a CPU nor a CUDA device, the table
+            cannot be packed, or ``LMKAN_GEN_WORKSPACE`` is not a number of mebibytes.
     """
     if shape.batch == 0:
         if "grad_table" in buffers:
@@ -152,7 +153,7 @@ def explain(
     """
     from lmkan_gen import selection
 
-    problem = Problem(operation, shape, devices.of(device), table, deterministic, constant)
+    problem = Problem(operation, shape, devices.of(device), table, deterministic, constant, workspace_limit())
     demand = demand or Demand()
     if kernels_disabled():
         tier = selection.Tier.REFERENCE
@@ -171,6 +172,25 @@ def clear_caches() -> None:
     """Forget prepared kernels, failures and warnings given, so that everything is decided afresh."""
     for cache in (_prepared, _failed, _warned):
         cache.clear()
+
+
+def workspace_limit() -> int:
+    """Bytes of scratch memory that kernels may take, of that which could grow with the batch.
+
+    Taken from ``LMKAN_GEN_WORKSPACE``, in MiB, when a kernel is chosen for a shape.
+
+    Raises:
+        ValueError: the variable is not a positive integer.
+    """
+    text = os.environ.get(WORKSPACE_VARIABLE, "")
+    if not text:
+        return DEFAULT_WORKSPACE
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(
+            f"{WORKSPACE_VARIABLE} is {text!r}, must be a positive number of MiB "
+            f"such as {DEFAULT_WORKSPACE >> 20}"
+        )
+    return int(text) << 20
 
 
 def kernels_disabled() -> bool:

@@ -8,6 +8,7 @@ from enum import StrEnum
 from lmkan_gen.device import Device
 
 MIN_GRIDS = 3
+DEFAULT_WORKSPACE = 256 << 20
 
 
 class Operation(StrEnum):
@@ -104,6 +105,7 @@ class Problem:
         table: element type of the tables.
         deterministic: whether the same call must give the same bits every time.
         constant: whether the table stays as it is for many calls, so that arranging it otherwise pays.
+        workspace: bytes of scratch memory, of that which could grow with the batch.
     """
 
     operation: Operation
@@ -112,3 +114,4 @@ class Problem:
     table: TableDtype = TableDtype.FLOAT32
     deterministic: bool = False
     constant: bool = False
+    workspace: int = DEFAULT_WORKSPACE

@@ -11,6 +11,7 @@ import torch
 from lmkan_gen import device as devices
 from lmkan_gen import packing, toolchain
 from lmkan_gen.families import Family, families
+from lmkan_gen.plan import Launch
 from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.selection import default_choice
 from lmkan_gen.tuner.verify import make_case
@@ -35,6 +36,28 @@ def test_both_gradients_of_an_untuned_gpu_are_sorted(arch: str, outputs: int, gr
     choice = default_choice(problem)
     assert choice is not None
     assert choice.family == "cell_sorted"
+
+
+@pytest.mark.parametrize("mebibytes", [64, 256])
+@pytest.mark.parametrize("table", [TableDtype.FLOAT32, TableDtype.FLOAT16])
+def test_scratch_memory_of_sorted_gradients_does_not_grow_with_the_batch(
+    mebibytes: int, table: TableDtype
+) -> None:
+    limit, family = mebibytes << 20, families("cuda", Operation.BACKWARD)[0]
+    assert family.name == "cell_sorted"
+    for batch in (1 << 16, 1 << 18, 1 << 21):
+        shape = LayerShape(512, 512, 18, batch)
+        problem = Problem(Operation.BACKWARD, shape, devices.target("sm_90"), table, workspace=limit)
+        parameters = family.default(problem)
+        assert parameters is not None
+        plan = family.plan(problem, parameters)
+        sizes = {w.name: w.bytes for w in plan.workspaces}
+        # one row of zeros is more than the samples have
+        assert sizes["records"] + sizes["rows"] <= limit + 4 * 512
+        walks = [s for s in plan.steps if isinstance(s, Launch) and s.kernel.endswith("_walk")]
+        assert len(walks) == len([s for s in plan.steps if isinstance(s, Launch) and "sort" in s.kernel])
+        if batch == 1 << 21:
+            assert len(walks) > 1
 
 
 @pytest.mark.gpu

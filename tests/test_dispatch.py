@@ -222,3 +222,18 @@ def test_explain(launcher: FakeLauncher, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv(dispatch.DISABLE_VARIABLE, "1")
     (choice,) = dispatch.explain(Operation.BACKWARD, SHAPE, CPU)
     assert (choice.family, choice.tier) == (None, Tier.REFERENCE)
+
+
+@pytest.mark.parametrize(("text", "mebibytes"), [("", 256), ("1", 1), ("1024", 1024)])
+def test_workspace_from_the_environment(monkeypatch: pytest.MonkeyPatch, text: str, mebibytes: int) -> None:
+    monkeypatch.setenv(dispatch.WORKSPACE_VARIABLE, text)
+    assert dispatch.workspace_limit() == mebibytes << 20
+    (choice,) = dispatch.explain(Operation.FORWARD, SHAPE, CPU)
+    assert choice.problem.workspace == mebibytes << 20
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "a lot", "1.5"])
+def test_workspace_that_is_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(dispatch.WORKSPACE_VARIABLE, text)
+    with pytest.raises(ValueError, match=r"LMKAN_GEN_WORKSPACE is .*, must be a positive number of MiB"):
+        dispatch.explain(Operation.FORWARD, SHAPE, CPU)

@@ -20,8 +20,6 @@ _RECORD_BYTES = 16
 _VALUE_BYTES = {TableDtype.FLOAT32: 4, TableDtype.FLOAT16: 2, TableDtype.BFLOAT16: 2}
 _REGISTERS = 65536
 _MAX_GRID = 65535  # blocks along the second and third axis
-#: samples sorted at a time are bounded so that scratch memory is, whatever the batch
-WORKSPACE_BYTES = 256 * 1024 * 1024
 
 
 class CellSorted(Family):
@@ -73,11 +71,11 @@ class CellSorted(Family):
                     "wasted", f"items={items} sorts {_SORT_THREADS * items} samples, batch {shape.batch}"
                 )
             )
-        if items > 1 and (need := self._scratch(problem, items, vector)) > WORKSPACE_BYTES:
+        if items > 1 and (need := self._scratch(problem, items, vector)) > problem.workspace:
             found.append(
                 Violation(
                     "workspace",
-                    f"items={items} needs {need} bytes of scratch memory, the limit is {WORKSPACE_BYTES}",
+                    f"items={items} needs {need} bytes of scratch memory, the limit is {problem.workspace}",
                 )
             )
         if vector > 1 and 16 * vector >= shape.outputs:
@@ -189,7 +187,7 @@ class CellSorted(Family):
         value_bytes = _VALUE_BYTES[problem.table]
         tiles = (shape.knots, -(-shape.outputs // 32), -(-shape.pairs // 32))
         chunks = max(
-            1, min(WORKSPACE_BYTES // self._scratch(problem, items, vector), _MAX_GRID // shape.pairs)
+            1, min(problem.workspace // self._scratch(problem, items, vector), _MAX_GRID // shape.pairs)
         )
         slab = min(chunk * chunks, -(-shape.batch // chunk) * chunk)
         workspaces = [
