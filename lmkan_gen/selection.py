@@ -22,6 +22,7 @@ from lmkan_gen.tuning_sources import (
     Source,
     evidence,
     forget_files,
+    shape_distance,
     sources,
     user_tuning_directory,
 )
@@ -43,6 +44,7 @@ __all__ = [
 
 logger = logging.getLogger("lmkan_gen")
 
+_FAR = 6.0  # a factor of 8 in both widths, say
 _SPLIT = (Operation.GRAD_INPUT, Operation.GRAD_TABLE)
 _BACKWARD = (*_SPLIT, Operation.BACKWARD)
 
@@ -103,8 +105,8 @@ def select(problem: Problem, demand: Demand | None = None) -> Choice:
     """The kernel to run for ``problem``.
 
     In order: an entry of a tuning file for this device and shape; the nearest shape on this device;
-    the nearest device of the same architecture; a family's analytic default; plain torch. A batch
-    of zero gets the choice of a batch of one.
+    the nearest device of the same architecture; a family's analytic default, also where the nearest
+    shape is far; plain torch. A batch of zero gets the choice of a batch of one.
 
     Args:
         problem: what is to be computed.
@@ -260,18 +262,27 @@ def _rank(choices: tuple[Choice, ...]) -> tuple[int, float]:
 
 
 def _free_choice(problem: Problem) -> Choice:
-    choice = next(tuned_choices(problem), None)
+    choice = next((c for c in tuned_choices(problem) if not _is_far(c)), None)
     if choice is None or choice.tier is not Tier.EXACT:
         default = default_choice(problem)
-        if choice is None or (
-            default is not None and default.family and family(default.family).preference(problem) > 1
-        ):
+        if default is not None and (choice is None or _is_preferred(default)):
             choice = default
+    choice = choice or next(tuned_choices(problem), None)
     if choice is not None:
         return choice
     some = families(problem.device.kind, problem.operation, problem.table)
     why = "no kernel fits this problem" if some else f"no {problem.table} kernels for {problem.device.kind}"
     return _choice(problem, None, {}, Tier.REFERENCE, why)
+
+
+def _is_far(choice: Choice) -> bool:
+    """Whether what was tuned says less about the problem than analysis does."""
+    return choice.tuned_for is not None and shape_distance(choice.problem.shape, choice.tuned_for) > _FAR
+
+
+def _is_preferred(choice: Choice) -> bool:
+    """Whether a default's family asks to be taken over what was tuned for other shapes."""
+    return choice.family is not None and family(choice.family).preference(choice.problem) > 1
 
 
 # --- demands --------------------------------------------------------------------------------------

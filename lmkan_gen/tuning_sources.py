@@ -114,10 +114,11 @@ def evidence(problem: Problem) -> Iterator[Evidence]:
 def _of_file(problem: Problem, source: Source, file: TuningFile, same_device: bool) -> Iterator[Evidence]:
     for entry in file.entries:
         if entry.operation is problem.operation and entry.dtypes.table is problem.table:
-            yield Evidence(source, entry, same_device, _shape_distance(problem.shape, entry.shape.layer))
+            yield Evidence(source, entry, same_device, shape_distance(problem.shape, entry.shape.layer))
 
 
-def _shape_distance(a: LayerShape, b: LayerShape) -> float:
+def shape_distance(a: LayerShape, b: LayerShape) -> float:
+    """How unlike two shapes are: factors of two between their sizes, weighted."""
     return sum(w * abs(math.log2(getattr(a, n) / getattr(b, n))) for n, w in _WEIGHTS.items())
 
 

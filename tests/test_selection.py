@@ -206,8 +206,17 @@ def test_nearest_device_of_the_same_architecture() -> None:
 
 def test_own_device_beats_exact_shape_elsewhere() -> None:
     write(user("a"), BIGGER, entry(tile=8))
-    write(user("b"), GPU, entry(LayerShape(1024, 1024, 4, 1), tile=4))
+    write(user("b"), GPU, entry(LayerShape(128, 128, 4, 500), tile=4))
     assert select(forward()).tier is Tier.NEAREST_SHAPE
+
+
+def test_far_shapes_say_less_than_analysis() -> None:
+    write(user("a"), GPU, entry(LayerShape(1024, 1024, 4, 1), tile=16))
+    assert select(forward()).tier is Tier.DEFAULT
+    # but more than plain torch, where no default fits; and the nearest other device is asked before
+    write(user("b"), BIGGER, entry(tile=8))
+    selection.clear_caches()
+    assert select(forward()).tier is Tier.NEAREST_DEVICE
 
 
 def test_order_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
