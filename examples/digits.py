@@ -31,6 +31,7 @@ from torch.utils.benchmark import Timer
 
 from lmkan_gen import LMKAN2DLayer, dispatch
 from lmkan_gen import device as devices
+from lmkan_gen.nn import BatchLastNorm, hessian_penalty, lmkan_layers
 from lmkan_gen.problem import LayerShape
 from lmkan_gen.selection import TUNING_VARIABLE
 from lmkan_gen.toolchain import ToolchainError
@@ -49,31 +50,13 @@ SEED = 0
 console = Console()
 
 
-class BatchNormLast(nn.Module):
-    """`nn.BatchNorm1d(affine=False)` for batch-last tensors ``[features, batch]``."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(features, affine=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise each row of ``x`` ``[features, batch]``."""
-        y: Tensor = self.norm(x.unsqueeze(0)).squeeze(0)  # statistics over the last axis
-        return y
-
-
 class LmKan(nn.Sequential):
     """Two lmKAN layers; batch norm before every one but the first, whose inputs are standardised."""
 
     def __init__(self) -> None:
         super().__init__(
-            LMKAN2DLayer(GRIDS, PIXELS, WIDTH), BatchNormLast(WIDTH), LMKAN2DLayer(GRIDS, WIDTH, DIGITS)
+            LMKAN2DLayer(GRIDS, PIXELS, WIDTH), BatchLastNorm(WIDTH), LMKAN2DLayer(GRIDS, WIDTH, DIGITS)
         )
-
-    def roughness(self) -> Tensor:
-        """The Hessian regularisation, summed over layers: a scalar."""
-        layers = (m for m in self if isinstance(m, LMKAN2DLayer))
-        return torch.stack([layer.get_hessian_regularization() for layer in layers]).sum()
 
 
 class Mlp(nn.Module):
@@ -146,7 +129,7 @@ def train(model: LmKan | Mlp, data: Data, name: str) -> float:
                 group["lr"] = learning_rate
             loss = cross_entropy(model(data.train_x[:, batch]).T, data.train_y[batch])
             if isinstance(model, LmKan):
-                loss = loss + hessian * model.roughness()
+                loss = loss + hessian * hessian_penalty(model)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -165,7 +148,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 @contextmanager
 def frozen(model: LmKan, dtype: torch.dtype) -> Iterator[None]:
     """The model with narrow tables, for a while."""
-    layers = [m for m in model if isinstance(m, LMKAN2DLayer)]
+    layers = lmkan_layers(model).values()
     for layer in layers:
         layer.eval().freeze(dtype)
     yield

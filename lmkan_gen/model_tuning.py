@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmkan_gen.layer import LMKAN2DLayer
+from lmkan_gen.nn.layers import lmkan_layers
 from lmkan_gen.problem import LayerShape
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def layers(model: nn.Module) -> list[LMKAN2DLayer]:
     Raises:
         ValueError: there is none.
     """
-    found = [module for module in model.modules() if isinstance(module, LMKAN2DLayer)]
+    found = list(lmkan_layers(model).values())
     if not found:
         raise ValueError(f"{type(model).__name__} has no LMKAN2DLayer to tune for")
     return found

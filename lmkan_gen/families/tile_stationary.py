@@ -290,15 +290,13 @@ class TileStationary(Family):
             return base + outs + held
         # strides between rows, and limits where tiles are partial
         strides = 2 * min(outs & -outs, _WARP // pairs).bit_length()
-        partial = problem.shape.pairs % pairs != 0 or problem.shape.outputs % outs != 0
-        return base + 12 + strides + 6 * partial + 2 * outs + 2 * pairs
+        return base + 12 + strides + 6 * _is_partial(problem, parameters) + 2 * outs + 2 * pairs
 
     def _may_spill(self, problem: Problem, parameters: Parameters) -> bool:
         """Whether registers are too few to be sure without compiling."""
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
-        partial = problem.shape.pairs % pairs != 0 or problem.shape.outputs % outs != 0
         needed = self._registers(problem, parameters) + _SPARE_REGISTERS
-        needed += 2 * min(outs & -outs, _WARP // pairs) + 12 * partial
+        needed += 2 * min(outs & -outs, _WARP // pairs) + 12 * _is_partial(problem, parameters)
         return needed > min(255, _REGISTERS // _integer(parameters, "threads"))
 
     def _resident(self, problem: Problem, parameters: Parameters) -> int:
@@ -343,7 +341,7 @@ class TileStationary(Family):
             "blocks": self._resident(problem, parameters),
             "coordinates": _coordinates(parameters),
             "copy": next(n for n in (4, 2, 1) if shape.pairs % n == 0 and pairs % n == 0),
-            "partial": int(shape.pairs % pairs != 0 or shape.outputs % outs != 0),
+            "partial": int(_is_partial(problem, parameters)),
             "mode": str(parameters.get("mode", "none")),
             "ahead": _integer(parameters, "ahead", absent=1),
             "access": str(parameters.get("access", "rotated")),
@@ -421,6 +419,12 @@ def _pack(problem: Problem) -> int:
 def _rows(problem: Problem) -> int:
     """Rows of words in a table: one per knot, or per cell where a word holds a cell's corners."""
     return problem.shape.grids**2 if problem.table is TableDtype.INT8 else problem.shape.knots
+
+
+def _is_partial(problem: Problem, parameters: Parameters) -> bool:
+    """Whether some tiles reach beyond the layer's pairs or outputs."""
+    shape = problem.shape
+    return bool(shape.pairs % _integer(parameters, "pairs") or shape.outputs % _integer(parameters, "outs"))
 
 
 def _lanes(parameters: Parameters) -> int:
