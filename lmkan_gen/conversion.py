@@ -253,12 +253,11 @@ def _merged(layer: ReLUFirst) -> LMKANLinear:
 
 def _absorb_norm(layer: nn.Module, norm: nn.Module) -> bool:
     """Apply ``norm`` to the outputs of ``layer`` by changing its table, if that can be done exactly."""
-    batch_last = isinstance(layer, LMKAN2DLayer) or (
-        isinstance(layer, (LMKANLinear, ReLULast)) and not layer.batch_first
-    )
-    if isinstance(norm, BatchLastNorm) and batch_last:
+    if not isinstance(layer, (LMKAN2DLayer, LMKANLinear)):
+        return False
+    if isinstance(norm, BatchLastNorm) and not layer.batch_first:
         norm = norm.norm
-    elif not (type(norm) is nn.BatchNorm1d and isinstance(layer, LMKANLinear) and not batch_last):
+    elif not (type(norm) is nn.BatchNorm1d and layer.batch_first):
         return False
     assert isinstance(norm, nn.BatchNorm1d)
     if norm.running_mean is None or norm.running_var is None:
@@ -279,7 +278,6 @@ def _absorb_norm(layer: nn.Module, norm: nn.Module) -> bool:
         _write(layer.layer, scaled_table(layer.layer.func_parameter.double(), inner, shift))
         return True
     table_of = layer.layer if isinstance(layer, LMKANLinear) else layer
-    assert isinstance(table_of, LMKAN2DLayer)
     _write(table_of, scaled_table(table_of.func_parameter.double(), scale, shift))
     return True
 
@@ -296,6 +294,7 @@ def _refined(layer: LMKAN2DLayer, factor: int) -> LMKAN2DLayer:
         layer.tile_size_backward,
         layer.init_scale,
         layer.backward_fast_mode,
+        batch_first=layer.batch_first,
     ).to(table.device, table.dtype)
     _write(finer, table)
     finer.requires_grad_(layer.func_parameter.requires_grad)

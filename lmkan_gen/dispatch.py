@@ -73,7 +73,7 @@ class Used:
         return f"{words}; plain torch ran instead: {self.fallback}" if self.fallback else words
 
 
-_Key = tuple[Operation, LayerShape, torch.device, Demand, TableDtype, bool, bool, bool]
+_Key = tuple[Operation, LayerShape, torch.device, Demand, TableDtype, bool, bool, bool, bool]
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,9 @@ def execute(
         shape: sizes of the call; they must be those of the buffers.
         device: where the buffers are.
         demand: tile and block sizes to be honoured.
-        buffers: contiguous tensors by the names of `lmkan_gen.plan.LaunchPlan`: ``x``, ``table``,
-            ``borders``, for gradients ``grad``, and so on, and the outputs, which need no initialisation.
+        buffers: tensors by the names of `lmkan_gen.plan.LaunchPlan`: ``x``, ``table``, ``borders``, for
+            gradients ``grad``, and so on, and the outputs, which need no initialisation. All contiguous but
+            ``x`` and ``grad``, of any strides, and ``grad_x``, without gaps and in the order of ``x``.
         table: element type of the tables to compute with.
         packed: the packed table, in place of ``table`` among the buffers; of that type.
         constant: whether it pays to arrange the table for this and later calls; a packed one always is.
@@ -123,12 +124,15 @@ def execute(
         return
     deterministic = torch.are_deterministic_algorithms_enabled()
     constant = constant or packed is not None
-    key = (operation, shape, device, demand, table, deterministic, constant, kernels_disabled())
+    strided = "x" in buffers and not buffers["x"].is_contiguous()
+    key = (operation, shape, device, demand, table, deterministic, constant, strided, kernels_disabled())
     found = _prepared.get(key)
     if found is None:
         if len(_prepared) >= _CAPACITY:
             _prepared.pop(next(iter(_prepared)))
-        found = _prepared[key] = _prepare(operation, shape, device, demand, table, deterministic, constant)
+        found = _prepared[key] = _prepare(
+            operation, shape, device, demand, table, deterministic, constant, strided
+        )
     buffers = packing.arranged(buffers, found.reads, found.table, packed)
     for run in found.runs:
         run(buffers)
@@ -142,6 +146,7 @@ def explain(
     table: TableDtype = TableDtype.FLOAT32,
     deterministic: bool = False,
     constant: bool = False,
+    strided: bool = False,
 ) -> list[Choice]:
     """What `execute` would choose: one choice, or two where the gradients are computed apart.
 
@@ -153,7 +158,9 @@ def explain(
     """
     from lmkan_gen import selection
 
-    problem = Problem(operation, shape, devices.of(device), table, deterministic, constant, workspace_limit())
+    problem = Problem(
+        operation, shape, devices.of(device), table, deterministic, constant, workspace_limit(), strided
+    )
     demand = demand or Demand()
     if kernels_disabled():
         tier = selection.Tier.REFERENCE
@@ -206,9 +213,10 @@ def _prepare(
     table: TableDtype,
     deterministic: bool,
     constant: bool,
+    strided: bool,
 ) -> _Prepared:
     runs, records, plans = [], [], []
-    for choice in explain(operation, shape, device, demand, table, deterministic, constant):
+    for choice in explain(operation, shape, device, demand, table, deterministic, constant, strided):
         run, plan, fallback = _prepare_choice(choice, shape, device)
         runs.append(run)
         plans.append(plan)
@@ -239,10 +247,10 @@ def _prepare_choice(
             if spec.is_cuda:
                 from lmkan_gen.launch import cuda
 
-                return cuda.prepare(spec, plan, device), plan, None
+                return _contiguous(cuda.prepare(spec, plan, device), plan), plan, None
             from lmkan_gen.launch import cpu
 
-            return cpu.prepare(spec, plan, device), plan, None
+            return _contiguous(cpu.prepare(spec, plan, device), plan), plan, None
         # RuntimeError: no compiler, source that does not compile, a driver that refuses the binary;
         # OSError: a store that cannot be written, a library that cannot be loaded;
         # ImportError: CUDA bindings that are not installed
@@ -250,6 +258,25 @@ def _prepare_choice(
             _failed[spec] = str(error) or type(error).__name__
             _warn(device, error)
     return _REFERENCE[operation], None, _failed[spec]
+
+
+def _contiguous(run: Run, plan: LaunchPlan) -> Run:
+    """``run`` for gradients of any strides: what the plan asks no strides of is copied before or after."""
+    asked = {stride.buffer for stride in plan.strides}
+    names = [name for name in ("grad", "grad_x") if name in plan.buffers and name not in asked]
+
+    def run_on_copies(buffers: Buffers) -> None:
+        others = {name: buffers[name] for name in names if not buffers[name].is_contiguous()}
+        if not others:
+            return run(buffers)
+        copies = {name: torch.empty_like(t, memory_format=torch.contiguous_format) for name, t in others.items()}
+        if "grad" in copies:
+            copies["grad"].copy_(others["grad"])
+        run({**buffers, **copies})
+        if "grad_x" in copies:
+            others["grad_x"].copy_(copies["grad_x"])
+
+    return run_on_copies if names else run
 
 
 def _warn(device: torch.device, error: Exception) -> None:

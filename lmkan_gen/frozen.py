@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lmkan_gen import dispatch, packing
 from lmkan_gen.families import Demand
+from lmkan_gen.ops import check_inputs
 from lmkan_gen.packing import PackedTable
 from lmkan_gen.problem import LayerShape, Operation, TableDtype
 
@@ -40,7 +41,7 @@ def packed_lmkan(x: Tensor, table: PackedTable, borders: Tensor) -> Tensor:
     """`lmkan_gen.lmkan` with a packed table.
 
     Args:
-        x: float32 ``[I, B]``, batch last; any float dtype under ``torch.autocast`` for CUDA.
+        x: float32 ``[I, B]``, batch last, of any strides; any float dtype under ``torch.autocast`` for CUDA.
         table: as `lmkan_gen.packing.pack` gives it, on the device of ``x``.
         borders: float32 ``[G+1]``, the knots.
 
@@ -85,11 +86,7 @@ def _check(
         or scales.device != x.device
     ):
         raise ValueError(f"int8 tables need float32 scales of shape {[groups, outputs]} on {x.device}")
-    if x.dim() != 2 or x.shape[0] != 2 * words.shape[3]:
-        raise ValueError(
-            f"x must be [inputs, batch] = [{2 * words.shape[3]}, batch] with the batch last, "
-            f"got {list(x.shape)}"
-        )
+    check_inputs(x, words.shape[3])
 
 
 def _check_grad(grad: Tensor, x: Tensor, words: Tensor, borders: Tensor, dtype: str) -> None:
@@ -115,7 +112,7 @@ def _forward(
     table = PackedTable(TableDtype(table_dtype), outputs, words, scales)
     shape = _shape(x, outputs, borders)
     y = x.new_empty((outputs, shape.batch))
-    buffers = {"x": x.contiguous(), "borders": borders, "y": y}
+    buffers = {"x": x, "borders": borders, "y": y}
     dispatch.execute(Operation.FORWARD, shape, x.device, Demand(), buffers, table.dtype, table)
     return y
 
@@ -131,15 +128,15 @@ def _grad_input(grad: Tensor, x: Tensor, words: Tensor, borders: Tensor, table_d
     _check_grad(grad, x, words, borders, table_dtype)
     table = PackedTable(TableDtype(table_dtype), grad.shape[0], words.contiguous())
     shape = _shape(x, table.outputs, borders)
-    grad_x = x.new_empty(x.shape)
-    buffers = {"grad": grad.contiguous(), "x": x.contiguous(), "borders": borders, "grad_x": grad_x}
+    grad_x = torch.empty_like(x)
+    buffers = {"grad": grad, "x": x, "borders": borders, "grad_x": grad_x}
     dispatch.execute(Operation.GRAD_INPUT, shape, x.device, Demand(), buffers, table.dtype, table)
     return grad_x
 
 
 def _grad_input_fake(grad: Tensor, x: Tensor, words: Tensor, borders: Tensor, table_dtype: str) -> Tensor:
     _check_grad(grad, x, words, borders, table_dtype)
-    return x.new_empty(x.shape)
+    return torch.empty_like(x)
 
 
 class _Forward(torch.autograd.Function):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from lmkan_gen.grid import coordinates
 from lmkan_gen.layer import LMKAN2DLayer
@@ -74,10 +75,12 @@ def occupancy(layer: LMKAN2DLayer, x: Tensor) -> Tensor:
         x: ``[input_dim, samples]``, what reaches the layer.
 
     Returns:
-        ``[input_dim/2, G+1, G+1]``, int64. Knots that nothing reaches keep their initial coefficients,
+        ``[ceil(input_dim/2), G+1, G+1]``, int64. Knots that nothing reaches keep their initial coefficients,
         or what the regularisation made of them.
     """
     grids = layer.num_grids
+    if len(x) % 2:
+        x = pad(x, (0, 0, 0, 1))
     index, _ = coordinates(x.detach(), layer.borders)
     cell = index[0::2] * grids + index[1::2]  # [P, samples]
     counts = torch.zeros(len(cell), grids * grids, dtype=torch.int64, device=x.device)
@@ -146,8 +149,9 @@ def _rms(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _keep(found: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        found[name] = arguments[0].detach()
+    def hook(module: LMKAN2DLayer, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0].detach()
+        found[name] = x.reshape(-1, module.input_dim).T if module.batch_first else x
 
     return hook
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lmkan_gen import packing
 from lmkan_gen.frozen import NARROW, FrozenTable, packed_lmkan
 from lmkan_gen.grid import knots
+from lmkan_gen.layout import BatchLastModule
 from lmkan_gen.ops import lmkan
 from lmkan_gen.problem import MIN_GRIDS
 from lmkan_gen.regularization import hessian_regularization
@@ -20,12 +21,12 @@ _WARP = 32
 _MAX_BLOCK = 1024
 
 
-class LMKAN2DLayer(nn.Module):
+class LMKAN2DLayer(BatchLastModule):
     """Lookup multivariate Kolmogorov-Arnold layer with functions of two inputs.
 
     ``y[o, b] = sum_p f_{o,p}(x[2p, b], x[2p+1, b])``, where each of the ``output_dim * input_dim / 2``
     functions is piecewise bilinear on a fixed grid and extrapolates linearly. A drop-in replacement
-    for a linear layer, except that the batch is the last axis. The cost of a call does not depend on
+    for a linear layer, except that the batch is the last axis unless ``batch_first`` is set. The cost of a call does not depend on
     ``num_grids``; the number of parameters, ``(num_grids + 1)**2 * output_dim * input_dim / 2``, does.
 
     Inputs should have about zero mean and unit variance: put ``BatchNorm(affine=False)`` before every
@@ -36,7 +37,7 @@ class LMKAN2DLayer(nn.Module):
 
     Args:
         num_grids: cells per axis of each function's grid, at least 3. Start with 8 to 10.
-        input_dim: number of inputs, even.
+        input_dim: number of inputs. An odd number is completed by an input that is always zero; kernels know.
         output_dim: number of outputs.
         block_size_forward: threads per block of the forward kernel, a multiple of 32 up to 1024.
         block_size_backward: the same for the backward kernel.
@@ -46,9 +47,11 @@ class LMKAN2DLayer(nn.Module):
         backward_fast_mode: a wish that goes with a tile or block size for backward: where one kernel of that
             tile computes both gradients, take its variant that trades shared memory for speed, if it fits.
             Without tile and block the fastest kernel is taken anyway, and this changes nothing.
+        batch_first: take ``[*, input_dim]``, as `nn.Linear` does, and return ``[*, output_dim]``: a view,
+            since outputs lie batch-last in memory either way.
 
     Attributes:
-        func_parameter: parameter ``[num_grids+1, num_grids+1, output_dim, input_dim/2]``, float32; entry
+        func_parameter: parameter ``[num_grids+1, num_grids+1, output_dim, ceil(input_dim/2)]``, float32; entry
             ``[i1, i2, o, p]`` is ``f_{o,p}`` at the knots ``borders[i1], borders[i2]``.
         borders: buffer ``[num_grids+1]``, float32, the knots.
         frozen: the packed table while the layer is frozen, else None; see `freeze`.
@@ -73,15 +76,12 @@ class LMKAN2DLayer(nn.Module):
         tile_size_backward: int | None = None,
         init_scale: float = 0.1,
         backward_fast_mode: bool = False,
+        *,
+        batch_first: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(input_dim, batch_first)
         _check_integer("num_grids", num_grids, MIN_GRIDS)
-        _check_integer("input_dim", input_dim, 2)
-        if input_dim % 2:
-            raise ValueError(
-                f"input_dim must be even, got {input_dim}: inputs are consumed in pairs; "
-                "append an input that is always zero"
-            )
+        _check_integer("input_dim", input_dim, 1)
         _check_integer("output_dim", output_dim, 1)
         _check_block("block_size_forward", block_size_forward)
         _check_block("block_size_backward", block_size_backward)
@@ -93,8 +93,10 @@ class LMKAN2DLayer(nn.Module):
             raise ValueError(f"init_scale must be finite and not negative, got {init_scale}")
         if not isinstance(backward_fast_mode, bool):
             raise TypeError(f"backward_fast_mode must be True or False, got {backward_fast_mode!r}")
+        if not isinstance(batch_first, bool):
+            raise TypeError(f"batch_first must be True or False, got {batch_first!r}")
         self.num_grids = num_grids
-        self.input_dim = input_dim
+        self._pairs = -(-input_dim // 2)
         self.output_dim = output_dim
         self.block_size_forward = block_size_forward
         self.block_size_backward = block_size_backward
@@ -112,7 +114,7 @@ class LMKAN2DLayer(nn.Module):
         side = num_grids + 1
         # float32 whatever torch's default dtype: that is what the kernels and checkpoints have
         self.func_parameter = nn.Parameter(
-            torch.empty(side, side, output_dim, input_dim // 2, dtype=torch.float32)
+            torch.empty(side, side, output_dim, self._pairs, dtype=torch.float32)
         )
         self.register_buffer("borders", knots(num_grids))
         self.frozen = None
@@ -124,17 +126,17 @@ class LMKAN2DLayer(nn.Module):
     def from_linear(cls, linear: nn.Linear, num_grids: int = 8) -> LMKAN2DLayer:
         """The layer that computes what ``linear`` does, on transposed inputs and outputs.
 
-        See `lmkan_gen.convert` for whole networks, odd widths and inputs with the batch first.
+        See `lmkan_gen.convert` for whole networks and inputs with the batch first.
 
         Args:
-            linear: of an even number of inputs, float32 or float64.
+            linear: float32 or float64.
             num_grids: cells per axis, at least 3.
 
         Returns:
             A layer of the dtype and on the device of ``linear``.
 
         Raises:
-            ValueError: odd number of inputs, or ``num_grids`` below 3.
+            ValueError: ``num_grids`` below 3.
         """
         layer = cls(num_grids, linear.in_features, linear.out_features)
         layer.to(linear.weight.device, linear.weight.dtype)
@@ -151,16 +153,21 @@ class LMKAN2DLayer(nn.Module):
         """Apply the layer.
 
         Args:
-            x: ``[input_dim, batch]``, of the dtype and on the device of ``func_parameter``; under
-                ``torch.autocast`` for CUDA any float dtype.
+            x: ``[input_dim, batch]``, or ``[*, input_dim]`` if ``batch_first``; of the dtype and on the device
+                of ``func_parameter``, under ``torch.autocast`` for CUDA of any float dtype. Kernels read it as
+                it lies in memory.
 
         Returns:
-            ``[output_dim, batch]``.
+            ``[output_dim, batch]``, or ``[*, output_dim]``.
 
         Raises:
             ValueError: wrong shape or device, or a tile or block size that does not fit the GPU.
             TypeError: wrong dtype.
         """
+        return super().forward(x)
+
+    def batch_last(self, x: Tensor) -> Tensor:
+        """``[input_dim, batch]`` -> ``[output_dim, batch]``."""
         if self.frozen is not None:
             return packed_lmkan(x, self.frozen.packed, self.borders)
         return lmkan(x, self.func_parameter, self.borders, *self._options)
@@ -252,6 +259,8 @@ class LMKAN2DLayer(nn.Module):
                 words.append(f"{name}={value}")
         if self.backward_fast_mode:
             words.append("backward_fast_mode=True")
+        if self.batch_first:
+            words.append("batch_first=True")
         return ", ".join(words)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -281,7 +290,7 @@ class LMKAN2DLayer(nn.Module):
             if self.frozen is not None and f"{prefix}func_parameter" in state_dict:
                 self.unfreeze()
             return
-        expected = (self.num_grids + 1, self.num_grids + 1, self.output_dim, self.input_dim // 2)
+        expected = (self.num_grids + 1, self.num_grids + 1, self.output_dim, self._pairs)
         scales = state_dict.get(f"{prefix}frozen.scales")
         try:
             if tuple(values.shape) != expected:

@@ -64,11 +64,11 @@ def lmkan(
 ) -> Tensor:
     """What a layer computes, as a function: ``y[o, b] = sum_p f_{o,p}(x[2p, b], x[2p+1, b])``.
 
-    Twice differentiable in ``x`` and ``table``.
+    Twice differentiable in ``x`` and ``table``. An odd ``I`` is completed by an input that is always zero.
 
     Args:
-        x: ``[I, B]``, batch last.
-        table: ``[G+1, G+1, O, I/2]``, values of the functions at the knots.
+        x: ``[I, B]``, batch last, of any strides: the transposed view of samples ``[B, I]`` is read as it is.
+        table: ``[G+1, G+1, O, ceil(I/2)]``, values of the functions at the knots.
         borders: ``[G+1]``, the knots, as `lmkan_gen.grid.knots` gives them.
         tile_forward: tile size of the forward CUDA kernel; 0: the tuned one. Ignored on CPUs, like
             all that follow.
@@ -83,7 +83,8 @@ def lmkan(
             the loss for float16.
 
     Returns:
-        ``[O, B]``, of the dtype of ``x``; float32 under autocast.
+        ``[O, B]``, contiguous, of the dtype of ``x``; float32 under autocast. The gradient of ``x`` comes in
+        the order of ``x`` in memory.
 
     Raises:
         ValueError: shapes or devices do not belong together, the device is neither a CPU nor a CUDA
@@ -126,16 +127,21 @@ def _check(x: Tensor, table: Tensor, borders: Tensor, grad: Tensor | None = None
         raise ValueError(
             f"borders must be [G+1] = [{table.shape[0]}] as table has it, got {list(borders.shape)}"
         )
-    if x.dim() != 2 or x.shape[0] != 2 * table.shape[3]:
-        raise ValueError(
-            f"x must be [inputs, batch] = [{2 * table.shape[3]}, batch] with the batch last, "
-            f"got {list(x.shape)}"
-        )
+    check_inputs(x, table.shape[3])
     if grad is not None and (
         grad.dim() != 2 or grad.shape[0] != table.shape[2] or grad.shape[1] != x.shape[1]
     ):
         raise ValueError(
             f"grad must be [outputs, batch] = [{table.shape[2]}, {x.shape[1]}], got {list(grad.shape)}"
+        )
+
+
+def check_inputs(x: Tensor, pairs: int) -> None:
+    """Raise ValueError unless ``x`` has two axes, and the first so many inputs as ``pairs`` hold."""
+    if x.dim() != 2 or -(-x.shape[0] // 2) != pairs:
+        raise ValueError(
+            f"x must be [inputs, batch] = [{2 * pairs}, batch] with the batch last, or one input less; "
+            f"got {list(x.shape)}"
         )
 
 
@@ -167,7 +173,7 @@ def _forward(
     _check(x, table, borders)
     narrow = TableDtype(table_dtype)
     shape, device = _shape(x, table), x.device
-    x, table, borders = x.contiguous(), table.contiguous(), borders.contiguous()
+    table, borders = table.contiguous(), borders.contiguous()
     y = x.new_empty((shape.outputs, shape.batch))
     if x.dtype == torch.float32:
         demand = _demand(device.type, tile_forward, block_forward, False)
@@ -199,9 +205,9 @@ def _backward(
     _check(x, table, borders, grad)
     narrow = TableDtype(table_dtype)
     shape, device = _shape(x, table), x.device
-    grad, x, table, borders = grad.contiguous(), x.contiguous(), table.contiguous(), borders.contiguous()
+    table, borders = table.contiguous(), borders.contiguous()
     buffers = {"grad": grad, "x": x, "table": table, "borders": borders}
-    grad_x = _new(x, need_x)
+    grad_x = _new_grad_x(x, need_x)
     grad_table = _new(table, need_table)
     if need_x:
         buffers["grad_x"] = grad_x
@@ -227,7 +233,7 @@ def _backward_fake(
     grad: Tensor, x: Tensor, table: Tensor, borders: Tensor, need_x: bool, need_table: bool, *_: object
 ) -> tuple[Tensor, Tensor]:
     _check(x, table, borders, grad)
-    return _new(x, need_x), _new(table, need_table)
+    return _new_grad_x(x, need_x), _new(table, need_table)
 
 
 def _double_backward(
@@ -265,6 +271,11 @@ def _double_backward_fake(
 def _new(like: Tensor, needed: bool) -> Tensor:
     """An output of the shape of ``like``, contiguous; empty when nobody needs it."""
     return like.new_empty(like.shape if needed else (0,))
+
+
+def _new_grad_x(x: Tensor, needed: bool) -> Tensor:
+    """As `_new`, but in the order of ``x`` in memory, without gaps."""
+    return torch.empty_like(x) if needed else x.new_empty((0,))
 
 
 class _Forward(torch.autograd.Function):

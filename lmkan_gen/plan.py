@@ -7,7 +7,7 @@ in which order, on which buffers; it does depend on the batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -60,15 +60,28 @@ class Fill:
 
 
 @dataclass(frozen=True)
+class Stride:
+    """How many elements a buffer's neighbours along ``axis`` are apart, known at the call."""
+
+    buffer: str
+    axis: int
+
+
+def strides(buffer: str) -> tuple[Stride, Stride]:
+    """Both strides of a buffer of two axes."""
+    return Stride(buffer, 0), Stride(buffer, 1)
+
+
+@dataclass(frozen=True)
 class Launch:
     """Start one kernel (CUDA) or call one function (CPU).
 
-    ``arguments``: a string names a buffer, passed as its address; an integer is passed as a signed
-    64-bit integer. ``grid``, ``block`` and ``shared_memory`` (bytes) are for CUDA only.
+    ``arguments``: a string names a buffer, passed as its address; integers and strides are passed as
+    signed 64-bit integers. ``grid``, ``block`` and ``shared_memory`` (bytes) are for CUDA only.
     """
 
     kernel: str
-    arguments: tuple[str | int, ...]
+    arguments: tuple[str | int | Stride, ...]
     grid: tuple[int, int, int] = (1, 1, 1)
     block: int = 1
     shared_memory: int = 0
@@ -79,10 +92,11 @@ class LaunchPlan:
     """Workspace and steps of one operation call.
 
     Buffer names a plan may use without declaring them: ``x`` ``[I, B]``, ``table``
-    ``[G+1, G+1, O, I/2]``, ``borders`` ``[G+1]``; for gradients ``grad`` ``[O, B]``; outputs ``y``,
+    ``[G+1, G+1, O, ceil(I/2)]``, ``borders`` ``[G+1]``; for gradients ``grad`` ``[O, B]``; outputs ``y``,
     ``grad_x``, ``grad_table``. The Hessian regulariser has ``table`` and ``borders``, and the output
-    ``value`` ``[]``, or for its gradient ``scale`` ``[]`` and the output ``grad_table``. All float32,
-    contiguous. Where tables are narrow also ``words`` and, for int8, ``scales``; where they do not change
+    ``value`` ``[]``, or for its gradient ``scale`` ``[]`` and the output ``grad_table``. All float32 and
+    contiguous, except that a plan gets ``x``, ``grad`` and ``grad_x`` as they lie in memory if it asks for
+    their strides (``grad_x`` without gaps in any case). Where tables are narrow also ``words`` and, for int8, ``scales``; where they do not change
     ``rows``: all as `lmkan_gen.packing` lays them out. Outputs arrive uninitialised: the plan must write
     every element.
     """
@@ -93,5 +107,13 @@ class LaunchPlan:
     @property
     def buffers(self) -> frozenset[str]:
         """Names of all buffers that steps are given."""
-        launches = (step for step in self.steps if isinstance(step, Launch))
-        return frozenset(a for launch in launches for a in launch.arguments if isinstance(a, str))
+        return frozenset(a for a in self._arguments if isinstance(a, str))
+
+    @property
+    def strides(self) -> frozenset[Stride]:
+        """The strides that steps are given."""
+        return frozenset(a for a in self._arguments if isinstance(a, Stride))
+
+    @property
+    def _arguments(self) -> Iterator[str | int | Stride]:
+        return (a for step in self.steps if isinstance(step, Launch) for a in step.arguments)

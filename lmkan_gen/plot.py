@@ -9,7 +9,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, pad
 
 from lmkan_gen import reference
 from lmkan_gen.inspection import FunctionReport, describe_functions, occupancy
@@ -78,7 +78,8 @@ def _draw_function(figure: Figure, ax, layer: LMKAN2DLayer, x: Tensor | None, re
     )
     figure.colorbar(image, ax=ax, shrink=0.8)
     if x is not None:
-        _draw_density(ax, x[2 * p : 2 * p + 2].detach().double().cpu(), low, high)
+        rows = x[2 * p : 2 * p + 2].detach().double().cpu()
+        _draw_density(ax, pad(rows, (0, 0, 0, 2 - len(rows))), low, high)
     inner = knots[1:-1].tolist()
     ax.set_xticks(inner, minor=True)
     ax.set_yticks(inner, minor=True)
@@ -135,7 +136,7 @@ def plot_occupancy(layer: LMKAN2DLayer, x: Tensor) -> Figure:
 def plot_strengths(layer: LMKAN2DLayer, x: Tensor | None = None) -> Figure:
     """Strength of every function, and how much of it is not affine, as maps of outputs by pairs."""
     reports = describe_functions(layer, x)
-    maps = torch.zeros(2, layer.output_dim, layer.input_dim // 2, dtype=torch.float64)
+    maps = torch.zeros(2, layer.output_dim, layer.func_parameter.shape[3], dtype=torch.float64)
     for report in reports:
         maps[0, report.output, report.pair] = report.strength
         maps[1, report.output, report.pair] = report.residual / (report.strength or 1.0)

@@ -46,8 +46,7 @@ class LayerShape:
     """Sizes of one layer call: ``x`` is ``[inputs, batch]``, ``y`` is ``[outputs, batch]``.
 
     Raises:
-        ValueError: ``inputs`` odd or below 2, ``outputs`` below 1, ``grids`` below 3, ``batch``
-            negative.
+        ValueError: ``inputs`` or ``outputs`` below 1, ``grids`` below 3, ``batch`` negative.
     """
 
     inputs: int
@@ -56,10 +55,8 @@ class LayerShape:
     batch: int
 
     def __post_init__(self) -> None:
-        if self.inputs < 2 or self.inputs % 2:
-            raise ValueError(
-                f"inputs must be even and at least 2, got {self.inputs}: inputs are consumed in pairs"
-            )
+        if self.inputs < 1:
+            raise ValueError(f"inputs must be at least 1, got {self.inputs}")
         if self.outputs < 1:
             raise ValueError(f"outputs must be at least 1, got {self.outputs}")
         if self.grids < MIN_GRIDS:
@@ -72,8 +69,8 @@ class LayerShape:
 
     @property
     def pairs(self) -> int:
-        """Number of input pairs, ``inputs // 2``."""
-        return self.inputs // 2
+        """Number of input pairs; of an odd number of inputs the last pair's second one is always zero."""
+        return -(-self.inputs // 2)
 
     @property
     def knots(self) -> int:
@@ -106,6 +103,8 @@ class Problem:
         deterministic: whether the same call must give the same bits every time.
         constant: whether the table stays as it is for many calls, so that arranging it otherwise pays.
         workspace: bytes of scratch memory, of that which could grow with the batch.
+        strided: whether ``x`` lies otherwise than as contiguous ``[I, B]``: with its samples one after the
+            other, say. Its gradient is laid out in the same order.
     """
 
     operation: Operation
@@ -115,3 +114,9 @@ class Problem:
     deterministic: bool = False
     constant: bool = False
     workspace: int = DEFAULT_WORKSPACE
+    strided: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether ``x`` is contiguous and made of whole pairs, which needs no care in reading it."""
+        return not self.strided and self.shape.inputs % 2 == 0

@@ -5,9 +5,10 @@
 autograd, in chunks of bounded memory, on any device and in any dtype that torch's ``embedding_bag``
 knows (float32 and float64); they write into tensors given by the caller, every element of them.
 
-Shapes throughout: ``x`` ``[I, B]``, ``table`` ``[G+1, G+1, O, I/2]``, ``borders`` ``[G+1]``,
-``grad`` and ``y`` ``[O, B]``; one floating-point dtype, one device. Shapes are checked by the
-operators in `lmkan_gen.ops`, not here.
+Shapes throughout: ``x`` ``[I, B]``, ``table`` ``[G+1, G+1, O, P]``, ``borders`` ``[G+1]``,
+``grad`` and ``y`` ``[O, B]``; one floating-point dtype, one device, any strides. ``P`` is ``ceil(I/2)``: an
+odd ``I`` is completed by an input that is always zero. Shapes are checked by the operators in
+`lmkan_gen.ops`, not here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 
 from lmkan_gen.grid import coordinates
 
@@ -38,7 +39,7 @@ def evaluate(x: Tensor, table: Tensor, borders: Tensor) -> Tensor:
 
     Args:
         x: ``[I, B]``.
-        table: ``[G+1, G+1, O, I/2]``.
+        table: ``[G+1, G+1, O, P]``.
         borders: ``[G+1]``.
 
     Returns:
@@ -69,7 +70,8 @@ def grad_input(grad: Tensor, x: Tensor, table: Tensor, borders: Tensor, grad_x: 
             d1, d2 = cells.fraction.unbind(-1)
             h1, h2 = cells.width.unbind(-1)
             both = torch.stack((_blend(along_1, d2) / h1, _blend(along_2, d1) / h2), dim=-1)
-            grad_x[inputs, batch] += both.flatten(1).T
+            part = grad_x[inputs, batch]
+            part += both.flatten(1).T[: len(part)]
 
 
 @torch.no_grad()
@@ -100,7 +102,7 @@ def double_backward(
         v_table: of the shape of ``table``, or None for zero.
         grad: ``[O, B]``.
         x: ``[I, B]``.
-        table: ``[G+1, G+1, O, I/2]``.
+        table: ``[G+1, G+1, O, P]``.
         borders: ``[G+1]``.
         out_grad: receives the derivative with respect to ``grad``; None where nobody wants it.
         out_x: the same for ``x``.
@@ -165,8 +167,9 @@ def _cells(x: Tensor, borders: Tensor) -> _Cells:
 
 
 def _pairwise(x: Tensor) -> Tensor:
-    """``[2P, B]`` -> ``[B, P, 2]``."""
-    return x.T.reshape(x.shape[1], x.shape[0] // 2, 2)
+    """``[I, B]`` -> ``[B, P, 2]``."""
+    rows = pad(x.T, (0, 1)) if x.shape[0] % 2 else x.T
+    return rows.reshape(x.shape[1], -(-x.shape[0] // 2), 2)
 
 
 def _rows(table: Tensor) -> Tensor:
@@ -268,4 +271,5 @@ def _add_mixed(v_x: Tensor, grad: Tensor, x: Tensor, table: Tensor, borders: Ten
             of_cells = mixed[cells.rows[..., 0]].mul_(grad[outs, batch].T.unsqueeze(1)).sum(-1)
             of_cells = of_cells / cells.width.prod(-1)
             other = _pairwise(v_x[inputs, batch]).flip(-1)
-            out[inputs, batch] += (of_cells.unsqueeze(-1) * other).flatten(1).T
+            part = out[inputs, batch]
+            part += (of_cells.unsqueeze(-1) * other).flatten(1).T[: len(part)]

@@ -176,7 +176,8 @@ def tuned_choices(problem: Problem) -> Iterator[Choice]:
             str(found.source.path),
             time_us=entry.time_us.median if tier is Tier.EXACT else None,
             tuned_for=entry.shape.layer,
-            stale=found.same_device and is_stale(entry, replace(problem, shape=entry.shape.layer)),
+            stale=found.same_device
+            and is_stale(entry, replace(problem, shape=entry.shape.layer, strided=False)),
             cost=1e6 * entry.time_us.median / entry.shape.layer.evaluations,
         )
 

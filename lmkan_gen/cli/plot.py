@@ -48,7 +48,7 @@ def plot_command(
         path = output / f"{name}.png"
         figure.savefig(path, dpi=120)
         typer.echo(path)
-    total = chosen.output_dim * chosen.input_dim // 2
+    total = chosen.output_dim * chosen.func_parameter.shape[3]
     typer.echo(f"{len(near_affine(chosen, x))} of {total} functions could be affine at 1 % of their output")
 
 
@@ -83,6 +83,7 @@ def _inputs(path: Path, layer: LMKAN2DLayer) -> Tensor:
         x = torch.from_numpy(np.load(path, allow_pickle=False))
     else:
         x = torch.load(path, map_location="cpu", weights_only=True)
-    if x.dim() != 2 or x.shape[0] != layer.input_dim:
+    # a table does not say whether the last pair has a second input
+    if x.dim() != 2 or x.shape[0] not in (layer.input_dim - 1, layer.input_dim):
         raise ValueError(f"{path} must hold [{layer.input_dim}, samples], it holds {list(x.shape)}")
     return x.to(layer.func_parameter.dtype)

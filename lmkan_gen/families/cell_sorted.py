@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lmkan_gen.families.base import Family, Parameters, Violation
-from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Workspace
+from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Stride, Workspace, strides
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
 _WARP = 32
@@ -171,6 +171,8 @@ class CellSorted(Family):
                 "shift": _shift(problem.shape.knots),
                 "capability": problem.device.compute_capability,
                 "table": str(problem.table),
+                "strided": int(not problem.is_plain),
+                "odd": problem.shape.inputs % 2,
             },
         )
 
@@ -206,6 +208,7 @@ class CellSorted(Family):
             steps.append(Launch("lmkan_pack_table", ("table", "packed", *sizes), grid, 256))
             if out_blocks > 1:
                 steps.append(Fill("grad_x"))
+        batch = (shape.batch,) if problem.is_plain else ()
         buckets = (shape.knots >> _shift(shape.knots)) + 1
         samples_per_block = segment * (warps // out_warps)
         for first in range(0, shape.batch, slab):
@@ -214,7 +217,7 @@ class CellSorted(Family):
             steps.append(
                 Launch(
                     "lmkan_transpose_gradient",
-                    ("grad", "rows", shape.batch, shape.outputs, padded, first, count),
+                    ("grad", "rows", *strides("grad"), shape.outputs, padded, first, count),
                     (-(-(count + 1) // 32), padded // 32, 1),
                     256,
                 )
@@ -222,15 +225,15 @@ class CellSorted(Family):
             steps.append(
                 Launch(
                     "lmkan_sort_samples",
-                    ("x", "borders", "records", shape.batch, first, count),
+                    ("x", "borders", "records", *(batch or strides("x")), first, count),
                     (shape.pairs, chunks, 1),
                     _SORT_THREADS,
                     4 * (buckets + shape.grids + 1),
                 )
             )
-            arguments: list[str | int] = ["records", "rows"]
+            arguments: list[str | int | Stride] = ["records", "rows"]
             if with_input:
-                arguments += ["packed", "borders", "grad_x", shape.batch, first]
+                arguments += ["packed", "borders", "grad_x", *(batch or strides("grad_x")), first]
             if with_table:
                 arguments += ["sums"]
             steps.append(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.packing import row_pitch
-from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan
+from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, strides
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
 _WARP = 32
@@ -122,14 +122,16 @@ class RowGather(Family):
         """See base class."""
         shape = problem.shape
         warps, vector = int(parameters["warps"]), int(parameters["vector"])
-        sizes = (shape.batch, shape.pairs, shape.outputs, row_pitch(shape.outputs))
+        sizes = (shape.inputs, shape.outputs, row_pitch(shape.outputs))
         if problem.operation is Operation.GRAD_INPUT:
             grid = (shape.batch, -(-shape.pairs // warps), 1)
-            arguments = ("x", "borders", "rows", "grad", "grad_x", *sizes)
+            layout = (*strides("x"), *strides("grad"), *strides("grad_x"))
+            arguments = ("x", "borders", "rows", "grad", "grad_x", *sizes, *layout)
             return LaunchPlan((), (Launch("lmkan_grad_input", arguments, grid, _WARP * warps),))
         slices = -(-shape.pairs // int(parameters["slice"]))
         grid = (shape.batch, -(-shape.outputs // (_WARP * vector)), slices)
-        launch = Launch("lmkan_forward", ("x", "borders", "rows", "y", *sizes), grid, _WARP * warps)
+        arguments = ("x", "borders", "rows", "y", *sizes, shape.batch, *strides("x"))
+        launch = Launch("lmkan_forward", arguments, grid, _WARP * warps)
         return LaunchPlan((), (Fill("y"), launch) if slices > 1 else (launch,))
 
 

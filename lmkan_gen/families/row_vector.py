@@ -12,7 +12,7 @@ from math import prod
 from typing import ClassVar, Literal
 
 from lmkan_gen.families.base import Family, Parameters, Violation
-from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan, Workspace
+from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
 from lmkan_gen.problem import Operation, Problem
 
 _TEMPLATE = "row_vector.cpp.j2"
@@ -121,17 +121,18 @@ class RowVector(Family):
         cells = Workspace("cells", 12 * s.pairs * s.batch)
         packed_table = Workspace("packed_table", 4 * padded * s.pairs * s.knots)
         packed_grad = Workspace("packed_grad", 4 * padded * s.batch)
-        locate = Launch("coordinates", ("x", "borders", "cells", s.inputs, s.batch))
-        pack_table = Launch("pack_table", ("table", "packed_table", s.inputs, s.outputs, width))
-        pack_grad = Launch("pack_grad", ("grad", "packed_grad", s.outputs, s.batch, width))
-        sizes = (s.inputs, s.outputs, s.batch, *tiles)
+        locate = Launch("coordinates", ("x", "borders", "cells", s.inputs, s.batch, *strides("x")))
+        pack_table = Launch("pack_table", ("table", "packed_table", s.pairs, s.outputs, width))
+        pack_grad = Launch("pack_grad", ("grad", "packed_grad", s.outputs, s.batch, width, *strides("grad")))
+        sizes = (s.pairs, s.outputs, s.batch, *tiles)
         match problem.operation:
             case Operation.FORWARD:
                 main = Launch("forward", ("cells", "packed_table", "y", *sizes))
                 return LaunchPlan((cells, packed_table), (locate, pack_table, main))
             case Operation.GRAD_INPUT:
                 buffers = ("cells", "packed_table", "packed_grad", "borders", "grad_x")
-                main = Launch("grad_input", (*buffers, s.inputs, width, s.batch, *tiles))
+                arguments = (*buffers, s.inputs, width, s.batch, *tiles, *strides("grad_x"))
+                main = Launch("grad_input", arguments)
                 return LaunchPlan((cells, packed_table, packed_grad), (locate, pack_table, pack_grad, main))
             case Operation.GRAD_TABLE:
                 main = Launch("grad_table", ("cells", "packed_grad", "grad_table", *sizes))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from lmkan_gen.families.base import Demand, Family, Parameters, Violation
 from lmkan_gen.packing import SCALE_PAIRS
-from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Workspace
+from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Workspace, strides
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
 #: operations on narrow tables; int8 is for inference
@@ -347,6 +347,8 @@ class TileStationary(Family):
             "access": str(parameters.get("access", "rotated")),
             "table": str(problem.table),
             "scale_pairs": SCALE_PAIRS,
+            "strided": int(not problem.is_plain),
+            "odd": shape.inputs % 2,
             # Turing has no copies past the registers
             "asynchronous": int(problem.device.compute_capability >= 80),
         }
@@ -359,6 +361,7 @@ class TileStationary(Family):
         workspaces: list[Workspace] = []
         steps: list[Fill | Launch] = []
         source = "x"
+        layout = () if problem.is_plain else strides("x")
         if _coordinates(parameters) == "prepass":
             source = "coordinates"
             pairs, units = _integer(parameters, "pairs"), -(-shape.batch // _WARP)
@@ -370,7 +373,7 @@ class TileStationary(Family):
             marks = ("far",) if problem.table is TableDtype.INT8 else ()
             workspaces.extend(Workspace(name, shape.batch) for name in marks)
             steps.extend(Fill(name) for name in marks)
-            arguments = ("x", "borders", source, *marks, shape.batch, shape.pairs)
+            arguments = ("x", "borders", source, *marks, shape.batch, shape.pairs, *layout)
             steps.append(Launch("lmkan_coordinates", arguments, (blocks, 1, 1), 256))
         zeroed = {
             Operation.FORWARD: ("y",) if splits > 1 else (),
@@ -385,13 +388,14 @@ class TileStationary(Family):
         }[operation]
         sizes = (shape.batch, shape.pairs, shape.outputs)
         split = () if operation is Operation.BACKWARD else (splits,)
+        inner_layout = layout if source == "x" else ()
         tables = {TableDtype.FLOAT32: ("table",), TableDtype.INT8: ("words", "scales")}.get(
             problem.table, ("words",)
         )
         steps.append(
             Launch(
                 f"lmkan_{operation}",
-                (source, "borders", *tables, *buffers, *sizes, *split),
+                (source, "borders", *tables, *buffers, *sizes, *split, *inner_layout),
                 (grid, 1, 1),
                 _integer(parameters, "threads"),
                 self.shared_memory(problem, parameters),
@@ -399,7 +403,7 @@ class TileStationary(Family):
         )
         if problem.table is TableDtype.INT8:
             blocks = min(-(-shape.batch // 256), 8 * problem.device.multiprocessors)
-            arguments = ("x", "borders", *tables, "far", "y", *sizes)
+            arguments = ("x", "borders", *tables, "far", "y", *sizes, *layout)
             steps.append(Launch("lmkan_far_samples", arguments, (blocks, 1, 1), 256))
         return LaunchPlan(tuple(workspaces), tuple(steps))
 
@@ -422,9 +426,11 @@ def _rows(problem: Problem) -> int:
 
 
 def _is_partial(problem: Problem, parameters: Parameters) -> bool:
-    """Whether some tiles reach beyond the layer's pairs or outputs."""
+    """Whether some tiles reach beyond the layer's inputs or outputs."""
     shape = problem.shape
-    return bool(shape.pairs % _integer(parameters, "pairs") or shape.outputs % _integer(parameters, "outs"))
+    return bool(
+        shape.inputs % (2 * _integer(parameters, "pairs")) or shape.outputs % _integer(parameters, "outs")
+    )
 
 
 def _lanes(parameters: Parameters) -> int:

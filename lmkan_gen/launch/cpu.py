@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from lmkan_gen import toolchain
-from lmkan_gen.plan import Fill, KernelSpec, Launch, LaunchPlan, Workspace
+from lmkan_gen.plan import Fill, KernelSpec, Launch, LaunchPlan, Stride, Workspace
 from lmkan_gen.toolchain import Binary, ToolchainError
 from lmkan_gen.toolchain.store import OVERRIDE
 
@@ -60,19 +60,21 @@ def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Callabl
     offsets, total = _layout(plan.workspaces)
     sizes = {workspace.name: workspace.bytes for workspace in plan.workspaces}
     steps = [(kernels.function(s), s.arguments) if isinstance(s, Launch) else s for s in plan.steps]
+    strides = plan.strides
 
     def run(buffers: Buffers) -> None:
         base = _scratch(total)
-        addresses = {name: base + offset for name, offset in offsets.items()}
-        addresses.update((name, tensor.data_ptr()) for name, tensor in buffers.items())
+        values: dict[str | Stride, int] = {name: base + offset for name, offset in offsets.items()}
+        values.update((name, tensor.data_ptr()) for name, tensor in buffers.items())
+        values.update((s, buffers[s.buffer].stride(s.axis)) for s in strides)
         threads = torch.get_num_threads()
         for step in steps:
             if isinstance(step, Fill):
                 size = sizes[step.buffer] if step.buffer in sizes else buffers[step.buffer].nbytes
-                ctypes.memset(addresses[step.buffer], 0, size)
+                ctypes.memset(values[step.buffer], 0, size)
                 continue
             function, arguments = step
-            if function(*(addresses[a] if isinstance(a, str) else a for a in arguments), threads):
+            if function(*(a if isinstance(a, int) else values[a] for a in arguments), threads):
                 raise MemoryError(f"{spec.template}: no memory for the scratch space of {threads} threads")
 
     return run

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 
 from lmkan_gen import toolchain
-from lmkan_gen.plan import Fill, KernelSpec, Launch, LaunchPlan
+from lmkan_gen.plan import Fill, KernelSpec, Launch, LaunchPlan, Stride
 
 Runner = Callable[[Mapping[str, torch.Tensor]], None]
-_Step = Callable[[Mapping[str, int], int], None]
+_Values = Mapping[str | Stride, int]
+_Step = Callable[[_Values, int], None]
 
 
 def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Runner:
     """Load the binary of ``spec`` and bind ``plan`` to it.
 
-    The result takes contiguous float32 tensors on ``device`` by the names of `LaunchPlan`, enqueues all
+    The result takes float32 tensors on ``device`` by the names of `LaunchPlan`, enqueues all
     steps on the current stream and returns at once. It may be captured in a CUDA graph.
 
     Raises:
@@ -33,6 +34,7 @@ def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Runner:
     target = torch.device("cuda", index)
     with torch.cuda.device(index):
         steps = [_bind(step, binary.path, index) for step in plan.steps]
+    strides = plan.strides
     lock = Lock()
 
     def run(buffers: Mapping[str, torch.Tensor]) -> None:
@@ -40,19 +42,20 @@ def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Runner:
             scratch = {
                 w.name: torch.empty(w.bytes, dtype=torch.uint8, device=target) for w in plan.workspaces
             }
-            addresses = {name: tensor.data_ptr() for name, tensor in buffers.items()}
-            addresses |= {name: tensor.data_ptr() for name, tensor in scratch.items()}
+            values: dict[str | Stride, int] = {name: tensor.data_ptr() for name, tensor in buffers.items()}
+            values.update((name, tensor.data_ptr()) for name, tensor in scratch.items())
+            values.update((s, buffers[s.buffer].stride(s.axis)) for s in strides)
             sizes = {name: tensor.nbytes for name, tensor in (*buffers.items(), *scratch.items())}
             stream = torch.cuda.current_stream(index).cuda_stream
             with lock:  # argument memory is shared between calls
                 for step in steps:
                     if isinstance(step, str):
                         _check(
-                            _driver().cuMemsetD8Async(addresses[step], 0, sizes[step], stream),
+                            _driver().cuMemsetD8Async(values[step], 0, sizes[step], stream),
                             f"zeroing {step}",
                         )
                     else:
-                        step(addresses, stream)
+                        step(values, stream)
 
     return run
 
@@ -107,14 +110,14 @@ def _bind(step: Fill | Launch, path: Path, index: int) -> str | _Step:
     base = ctypes.addressof(values)
     pointers = (ctypes.c_void_p * len(values))(*(base + 8 * k for k in range(len(values))))
     parameters = ctypes.addressof(pointers)
-    names = [(k, a) for k, a in enumerate(step.arguments) if isinstance(a, str)]
+    variable = [(k, a) for k, a in enumerate(step.arguments) if not isinstance(a, int)]
     doing = (
         f"launching {step.kernel} (grid {step.grid}, block {step.block}, shared memory {step.shared_memory})"
     )
 
-    def launch(addresses: Mapping[str, int], stream: int, _keep: Any = pointers) -> None:
-        for k, name in names:
-            values[k] = addresses[name]
+    def launch(known: _Values, stream: int, _keep: Any = pointers) -> None:
+        for k, argument in variable:
+            values[k] = known[argument]
         status = driver.cuLaunchKernel(
             function, *step.grid, step.block, 1, 1, step.shared_memory, stream, parameters, 0
         )

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lmkan_gen.layer import LMKAN2DLayer
-from lmkan_gen.nn.layout import even, pad_even
 from lmkan_gen.ops import lmkan
 
 _Pair = tuple[int, int]
@@ -24,8 +23,7 @@ class LMKANConv2d(nn.Module):
     """Convolution whose linear map of each patch is an lmKAN layer; takes the place of `nn.Conv2d`.
 
     A patch is flattened in the order of ``torch.nn.functional.unfold`` (channel, row, column), so that
-    functions take neighbouring pixels; an odd number of inputs is completed by one that is always zero.
-    Padding is with zeros. There is one group.
+    functions take neighbouring pixels. Padding is with zeros. There is one group.
 
     Patches are laid out for the kernels a slab at a time, in forward and backward, so that no copy of
     more than ``workspace_bytes`` exists (or of one row of output pixels of one image, if that is more).
@@ -42,7 +40,7 @@ class LMKANConv2d(nn.Module):
         workspace_bytes: the largest copy of patches to make.
 
     Attributes:
-        layer: the `LMKAN2DLayer` with ``in_channels * height * width`` inputs, made even.
+        layer: the `LMKAN2DLayer` with ``in_channels * height * width`` inputs.
 
     Raises:
         TypeError: a size is not an int or a pair of ints.
@@ -75,7 +73,7 @@ class LMKANConv2d(nn.Module):
         self.dilation = _pair("dilation", dilation, 1)
         self.workspace_bytes = workspace_bytes
         inputs = in_channels * self.kernel_size[0] * self.kernel_size[1]
-        self.layer = LMKAN2DLayer(num_grids, even(inputs), out_channels, init_scale=init_scale)
+        self.layer = LMKAN2DLayer(num_grids, inputs, out_channels, init_scale=init_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to every patch.
@@ -205,7 +203,7 @@ def _patches(x: Tensor, geometry: _Geometry, slab: _Slab) -> Tensor:
     pixels = x[slab.first : slab.last, :, v.start : v.stop, h.start : h.stop]
     pixels = pad(pixels, (h.before, h.after, v.before, v.after)).transpose(0, 1)
     views = [pixels[:, :, rows, columns] for rows, columns in _offsets(geometry, slab)]
-    return pad_even(torch.stack(views, dim=1).flatten(0, 1).flatten(1))
+    return torch.stack(views, dim=1).flatten(0, 1).flatten(1)
 
 
 def _add_patches(grad: Tensor, geometry: _Geometry, slab: _Slab, out: Tensor) -> None:
@@ -216,7 +214,7 @@ def _add_patches(grad: Tensor, geometry: _Geometry, slab: _Slab, out: Tensor) ->
     offsets = list(_offsets(geometry, slab))
     height, width = v.before + v.stop - v.start + v.after, h.before + h.stop - h.start + h.after
     pixels = grad.new_zeros((channels, images, height, width))
-    grad = grad[: channels * len(offsets)].view(channels, len(offsets), images, rows, geometry.columns)
+    grad = grad.view(channels, len(offsets), images, rows, geometry.columns)
     for i, (down, across) in enumerate(offsets):
         pixels[:, :, down, across] += grad[:, i]
     inside = pixels[

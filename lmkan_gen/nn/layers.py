@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lmkan_gen.layer import LMKAN2DLayer
-from lmkan_gen.nn.layout import BatchLastModule, even, pad_even
+from lmkan_gen.layout import BatchLastModule
 
 Precondition = Literal["relu_first", "relu_last"]
 
 
 class LMKANLinear(BatchLastModule):
     """`LMKAN2DLayer` for any number of inputs and either layout; takes the place of `nn.Linear`.
-
-    An odd ``input_dim`` is completed by one input that is always zero.
 
     Args:
         input_dim: number of inputs.
@@ -31,7 +29,7 @@ class LMKANLinear(BatchLastModule):
         layer: the `LMKAN2DLayer` that does the work.
 
     Raises:
-        TypeError, ValueError: as `LMKAN2DLayer`; ``input_dim`` may be odd.
+        TypeError, ValueError: as `LMKAN2DLayer`.
     """
 
     def __init__(
@@ -44,14 +42,12 @@ class LMKANLinear(BatchLastModule):
         init_scale: float = 0.1,
     ) -> None:
         super().__init__(input_dim, batch_first)
-        if input_dim < 1:
-            raise ValueError(f"input_dim must be at least 1, got {input_dim}")
         self.output_dim = output_dim
-        self.layer = LMKAN2DLayer(num_grids, even(input_dim), output_dim, init_scale=init_scale)
+        self.layer = LMKAN2DLayer(num_grids, input_dim, output_dim, init_scale=init_scale)
 
     def batch_last(self, x: Tensor) -> Tensor:
         """``[input_dim, batch]`` -> ``[output_dim, batch]``."""
-        y: Tensor = self.layer(pad_even(x))
+        y: Tensor = self.layer(x)
         return y
 
 
@@ -185,8 +181,8 @@ class LMKANMLP(BatchLastModule):
         num_grids: cells per axis, at least 3; start with 8 to 10.
         precondition: None, ``"relu_first"`` or ``"relu_last"``.
         normalize_input: batch norm before the first layer too. Leave it off if inputs are standardised.
-        batch_first: take ``[*, inputs]`` instead of ``[inputs, batch]``. Inside, the batch is always
-            last, so that one pair of transpositions serves the whole network.
+        batch_first: take ``[*, inputs]`` instead of ``[inputs, batch]``. Inside, the batch is always last:
+            the first layer reads samples as they lie, and nothing is transposed.
 
     Attributes:
         blocks: `nn.Sequential` of batch-last `LMKANBlock`.

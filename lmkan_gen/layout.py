@@ -1,7 +1,7 @@
-"""What stands between a module's interface and the batch-last kernels, which take an even width.
+"""What stands between a module's interface and layers, which take the batch last: views, no copies.
 
-Both conversions are copies in torch today. They happen here and nowhere else, so that a kernel which
-reads rows of samples, or an odd width, takes their place in one spot.
+Kernels read the transposed view of samples ``[batch, inputs]`` as it lies in memory. What comes out lies
+batch-last, and goes into the next layer as the view of a view, which is the fastest to read.
 """
 
 from __future__ import annotations
@@ -9,17 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
-from torch.nn.functional import pad
-
-
-def even(width: int) -> int:
-    """``width``, or the next even number: how many inputs the kernels see."""
-    return width + width % 2
-
-
-def pad_even(x: Tensor) -> Tensor:
-    """``x`` ``[I, B]`` with one more input that is always zero if ``I`` is odd."""
-    return pad(x, (0, 0, 0, 1)) if x.shape[0] % 2 else x
 
 
 def apply_batch_last(
@@ -34,7 +23,7 @@ def apply_batch_last(
         batch_first: the layout of ``x`` and of the result.
 
     Returns:
-        ``[*, O]`` or ``[O, B]``.
+        ``[*, O]``, a view that is not contiguous, or ``[O, B]``.
 
     Raises:
         ValueError: ``x`` has another shape.
@@ -58,7 +47,7 @@ class BatchLastModule(nn.Module):
     Args:
         input_dim: number of inputs.
         batch_first: whether ``forward`` takes ``[*, input_dim]`` (like `nn.Linear`) or
-            ``[input_dim, batch]`` (like `LMKAN2DLayer`, and faster).
+            ``[input_dim, batch]``. Outputs lie batch-last in memory either way.
     """
 
     def __init__(self, input_dim: int, batch_first: bool) -> None:
