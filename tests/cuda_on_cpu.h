@@ -1,8 +1,12 @@
-// Enough of CUDA to run simple kernels on a CPU, one block after the other and its threads as threads.
+// Enough of CUDA to run kernels on a CPU, one block after the other and its threads as threads.
 // Shared memory is whatever a block leaves behind: as on a GPU, nobody may rely on its contents.
 #include <algorithm>
+#include <atomic>
 #include <barrier>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -15,17 +19,18 @@ struct float2 {
 struct float4 {
     float x, y, z, w;
 };
+struct uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <typename T> T __ldg(const T* address) {
     if (reinterpret_cast<uintptr_t>(address) % sizeof(T)) __builtin_trap();  // a misaligned address
     return *address;
 }
-
-thread_local Index threadIdx, blockIdx;
-Index blockDim;
-std::barrier<>* in_block;
-inline void __syncthreads() { in_block->arrive_and_wait(); }
 
 using std::max;
 using std::min;
@@ -34,7 +39,65 @@ using std::min;
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
-#define asm if (false) asm  // prefetches
+#define __restrict__
+#define __align__(bytes) alignas(bytes)
+
+thread_local Index threadIdx, blockIdx;
+Index blockDim, gridDim;
+alignas(1024) unsigned char shared_memory[256 * 1024];  // what a launch asks for; its addresses are offsets
+inline unsigned __cvta_generic_to_shared(const void* address) {
+    return unsigned(static_cast<const unsigned char*>(address) - shared_memory);
+}
+
+std::barrier<>* in_block;
+std::atomic<int> votes[2];
+thread_local int vote;
+inline void __syncthreads() { in_block->arrive_and_wait(); }
+inline bool __syncthreads_or(int mine) {
+    if (mine) votes[vote % 2] = 1;
+    __syncthreads();
+    const bool any = votes[vote++ % 2];
+    __syncthreads();
+    if (threadIdx.x == 0) votes[(vote + 1) % 2] = 0;
+    return any;
+}
+
+struct Warp {
+    std::barrier<> barrier{32};
+    uint64_t values[32];
+};
+thread_local Warp* warp_of_thread;
+inline void __syncwarp() { warp_of_thread->barrier.arrive_and_wait(); }
+template <typename T> T from_lane(T mine, int lane) {
+    Warp& warp = *warp_of_thread;
+    std::memcpy(&warp.values[threadIdx.x % 32], &mine, sizeof mine);
+    warp.barrier.arrive_and_wait();
+    if (lane >= 0 && lane < 32) std::memcpy(&mine, &warp.values[lane], sizeof mine);
+    warp.barrier.arrive_and_wait();
+    return mine;
+}
+template <typename T> T __shfl_sync(unsigned, T mine, int lane) { return from_lane(mine, lane); }
+template <typename T> T __shfl_xor_sync(unsigned, T mine, int mask) { return from_lane(mine, int(threadIdx.x % 32) ^ mask); }
+template <typename T> T __shfl_up_sync(unsigned, T mine, int step) { return from_lane(mine, int(threadIdx.x % 32) - step); }
+
+template <typename T> T atomicAdd(T* address, T value) { return std::atomic_ref<T>(*address).fetch_add(value); }
+
+inline int __float_as_int(float v) { int bits; std::memcpy(&bits, &v, 4); return bits; }
+inline unsigned __float_as_uint(float v) { return unsigned(__float_as_int(v)); }
+inline float __int_as_float(int v) { float value; std::memcpy(&value, &v, 4); return value; }
+inline float __uint_as_float(unsigned v) { return __int_as_float(int(v)); }
+inline int __float2int_rd(float v) { return v != v ? 0 : int(std::floor(std::clamp(v, -2147483648.0f, 2147483520.0f))); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline int __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    const uint64_t both = uint64_t(b) << 32 | a;
+    unsigned result = 0;
+    for (int k = 0; k < 4; ++k) result |= unsigned(both >> 8 * (selector >> 4 * k & 7) & 0xff) << 8 * k;
+    return int(result);
+}
+inline int dot2(int weights, int corners, int first, int sum) {  // two 16-bit weights, bytes from the first one on
+    for (int k = 0; k < 2; ++k) sum += int16_t(weights >> 16 * k) * int8_t(corners >> 8 * (first + k));
+    return sum;
+}
 
 // An argument of a launch: an address or a number, as the parameter wants it.
 struct Argument {
@@ -43,17 +106,23 @@ struct Argument {
     operator long long() const { return value; }
 };
 
-template <typename Kernel> void launch(unsigned blocks, unsigned threads, const Kernel& kernel) {
+template <typename Kernel> void launch(const unsigned* grid, unsigned threads, const Kernel& kernel) {
     blockDim = {threads, 1, 1};
-    for (unsigned block = 0; block < blocks; ++block) {
+    gridDim = {grid[0], grid[1], grid[2]};
+    for (unsigned block = 0; block < grid[0] * grid[1] * grid[2]; ++block) {
         std::barrier<> barrier(threads);
         in_block = &barrier;
+        std::vector<Warp> warps(threads / 32);
         std::vector<std::thread> running;
+        votes[0] = votes[1] = 0;
         for (unsigned thread = 0; thread < threads; ++thread)
             running.emplace_back([&, thread] {
                 threadIdx = {thread, 0, 0};
-                blockIdx = {block, 0, 0};
+                blockIdx = {block % grid[0], block / grid[0] % grid[1], block / (grid[0] * grid[1])};
+                warp_of_thread = &warps[thread / 32];
+                vote = 0;
                 kernel();
+                warp_of_thread->barrier.arrive_and_drop();
                 barrier.arrive_and_drop();
             });
         for (std::thread& thread : running) thread.join();
