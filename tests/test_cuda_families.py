@@ -60,6 +60,20 @@ def test_scratch_memory_of_sorted_gradients_does_not_grow_with_the_batch(
             assert len(walks) > 1
 
 
+@pytest.mark.parametrize("outputs", [1, 32, 260, 384, 512, 1100, 2100])
+def test_warps_of_sorted_gradients_cover_rows_exactly(outputs: int) -> None:
+    """A warp beyond the end of a row would read and write the next one."""
+    family = families("cuda", Operation.BACKWARD)[0]
+    problem = Problem(Operation.BACKWARD, LayerShape(4, outputs, 5, 40), devices.target("sm_90"))
+    for vector in (1, 2, 4, 8):
+        parameters = {"items": 1, "segment": 32, "vector": vector, "unroll": 2, "blocks": 2}
+        walk = next(s for s in family.plan(problem, parameters).steps if getattr(s, "kernel", "").endswith("_walk"))
+        assert isinstance(walk, Launch)
+        padded = walk.arguments[-3]
+        out_warps = family.spec(problem, parameters).context["out_warps"]
+        assert walk.grid[1] * int(out_warps) * 32 * vector == padded >= outputs
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize(("operation", "family", "table"), FAMILIES)

@@ -258,8 +258,9 @@ def _values(parameters: Parameters) -> tuple[int, int, int, int, int]:
 
 
 def _out_warps(problem: Problem, vector: int) -> int:
-    """Warps of a block that stand side by side along the outputs."""
-    return min(_BLOCK_WARPS, _padded(problem.shape.outputs, vector) // (_WARP * vector))
+    """Warps of a block that stand side by side along the outputs; blocks of them make up the padded outputs."""
+    warps = _padded(problem.shape.outputs, vector) // (_WARP * vector)
+    return warps // -(-warps // _BLOCK_WARPS)
 
 
 def _warps(problem: Problem, vector: int) -> int:
@@ -269,7 +270,10 @@ def _warps(problem: Problem, vector: int) -> int:
 
 
 def _padded(outputs: int, vector: int) -> int:
-    return -(-outputs // (_WARP * vector)) * _WARP * vector
+    """Outputs as whole warps, and these as equal blocks."""
+    warps = -(-outputs // (_WARP * vector))
+    blocks = -(-warps // _BLOCK_WARPS)
+    return -(-warps // blocks) * blocks * _WARP * vector
 
 
 def _shift(knots: int) -> int:
