@@ -191,7 +191,7 @@ def make_case(
         expected.append(Expected("y", {0: outs, 1: samples}, part))
     if operation in (Operation.GRAD_INPUT, Operation.BACKWARD):
         part = _reference(Operation.GRAD_INPUT, inputs, samples=samples, pairs=pairs)
-        expected.append(Expected("grad_x", {0: _rows(pairs), 1: samples}, part))
+        expected.append(Expected("grad_x", {0: _rows(pairs, shape.inputs), 1: samples}, part))
     if operation in (Operation.GRAD_TABLE, Operation.BACKWARD):
         # every sample counts here
         part = _reference(Operation.GRAD_TABLE, inputs, outs=outs, pairs=pairs)
@@ -207,9 +207,10 @@ def _some(n: int, most: int, generator: torch.Generator, device: torch.device) -
     return torch.tensor(sorted({0, n - 1, *drawn.tolist()}), device=device)
 
 
-def _rows(pairs: Tensor) -> Tensor:
+def _rows(pairs: Tensor, inputs: int) -> Tensor:
     """Input indices of pair indices."""
-    return torch.stack((2 * pairs, 2 * pairs + 1), dim=1).flatten()
+    rows = torch.stack((2 * pairs, 2 * pairs + 1), dim=1).flatten()
+    return rows[rows < inputs]
 
 
 def _take(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
@@ -231,7 +232,7 @@ def _reference(
         chosen = {int(d[1:]): i for d, i in dims.items() if i is not None}
         return _take(inputs[name], chosen).double()
 
-    rows = None if pairs is None else _rows(pairs)
+    rows = None if pairs is None else _rows(pairs, len(inputs["x"]))
     x, table = part("x", d0=rows, d1=samples), part("table", d2=outs, d3=pairs)
     borders = inputs["borders"].double()
     if operation is Operation.FORWARD:
