@@ -27,7 +27,9 @@ def kernels(
         for shape in shapes:
             for choice in _choices(shape, device, backward):
                 if choice.family is not None:
-                    found[family(choice.family).spec(choice.problem, choice.parameters)] = None
+                    for strided in (False, True):  # nobody knows how inputs will lie
+                        problem = replace(choice.problem, strided=strided)
+                        found[family(choice.family).spec(problem, choice.parameters)] = None
     return list(found)
 
 

@@ -115,7 +115,7 @@ def test_help_and_import_stay_light(tmp_path: Path) -> None:
         (["inspect", "--target", "sm_90"], "--shape"),
         (["inspect", "--target", "sm_70", "--shape", SHAPE], "sm_70"),
         (["inspect", "--target", "sm_90", "--shape", "64,48,8"], "64,48,8"),
-        (["inspect", "--target", "sm_90", "--shape", "63,48,8,1000"], "inputs must be even"),
+        (["inspect", "--target", "sm_90", "--shape", "0,48,8,1000"], "inputs must be at least 1"),
         (["inspect", "--target", "sm_90", "--shape", "64,48,2,1000"], "grids must be at least 3"),
         (["inspect", "--target", "sm_90", "--shape", "64,x,8,1000"], "64,x,8,1000"),
         (["inspect", "--target", "sm_90", "--shape", SHAPE, "--operation", "sideways"], "sideways"),

@@ -91,7 +91,7 @@ def test_default_output_is_found_by_layers_and_by_name(run: Runner) -> None:
     ("arguments", "words"),
     [
         (["--shape", "8,6,4"], "IN,OUT,GRIDS,BATCH"),
-        (["--shape", "7,6,4,50"], "inputs must be even"),
+        (["--shape", "0,6,4,50"], "inputs must be at least 1"),
         (["--shape", "8,6,4,0"], "batch must be at least 1"),
         (["--shape", SHAPE, "--device", "tpu"], "none of auto, cpu, cuda, cuda:N"),
         (["--shape", SHAPE, "--device", "cuda:x"], "none of auto, cpu, cuda, cuda:N"),

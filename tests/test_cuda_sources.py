@@ -23,12 +23,12 @@ from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.resources import resource_directory
 from lmkan_gen.tuning_file import load
 
-#: large, small batch, few inputs with a fine grid, and partial tiles everywhere
+#: large, small batch, few inputs with a fine grid, and partial tiles everywhere, the last pair too
 SHAPES = (
     LayerShape(512, 512, 18, 262144),
     LayerShape(128, 128, 26, 1024),
     LayerShape(12, 256, 28, 65536),
-    LayerShape(34, 33, 9, 65),
+    LayerShape(33, 33, 9, 65),
 )
 #: random candidates of each family, operation and shape to choose from, and how many are taken anyway
 POOL, TAKEN = 100, 1
@@ -92,9 +92,10 @@ def select(arch: str) -> Selected:
     for operation, table in product(Operation, TableDtype):
         for family in families("cuda", operation, table):
             random = Random(f"{arch} {operation} {table} {family.name}")
-            for shape in SHAPES if table is TableDtype.FLOAT32 else SHAPES[::3]:
-                problem = Problem(operation, shape, target(arch), table, constant=True)
-                if (parameters := family.default(problem)) is not None:
+            shapes = SHAPES if table is TableDtype.FLOAT32 else SHAPES[::3]
+            for shape, strided in ((*((shape, False) for shape in shapes), (shapes[0], True))):
+                problem = Problem(operation, shape, target(arch), table, constant=True, strided=strided)
+                if not strided and (parameters := family.default(problem)) is not None:
                     defaults.add(family.spec(problem, parameters))
                 candidates = family.candidates(problem)
                 random.shuffle(candidates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,16 @@ def test_occupancy_counts_samples_around_each_knot() -> None:
     assert torch.equal(counts, probe[:, :, 0].permute(2, 0, 1).long())
 
 
+def test_odd_widths() -> None:
+    """The last pair's second input is always zero, which the middle cell holds."""
+    layer = LMKAN2DLayer(5, 3, 2)
+    x = torch.randn(3, 20)
+    padded = torch.cat((x, torch.zeros(1, 20)))
+    assert torch.equal(occupancy(layer, x), occupancy(LMKAN2DLayer(5, 4, 2), padded))
+    for figure in (plot_functions(layer, x), plot_strengths(layer, x), plot_occupancy(layer, x)):
+        figure.savefig(io.BytesIO())
+
+
 def test_inputs_of_all_layers_are_caught() -> None:
     model = nn.Sequential(LMKANConv2d(1, 2, 3, 4), nn.Flatten(), LMKANMLP((2 * 2 * 2, 3, 1), 4)).train()
     model[0].eval()
@@ -80,9 +91,9 @@ def test_inputs_of_all_layers_are_caught() -> None:
     x = torch.randn(6, 1, 4, 4)
     found = layer_inputs(model, x)
     assert {name: tuple(t.shape) for name, t in found.items()} == {
-        "0.layer": (10, 24),
+        "0.layer": (9, 24),
         "2.blocks.0.lmkan.layer": (8, 6),
-        "2.blocks.1.lmkan.layer": (4, 6),
+        "2.blocks.1.lmkan.layer": (3, 6),
     }
     assert [m.training for m in model] == [False, True, True]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -125,7 +125,7 @@ WRONG: list[tuple[dict[str, object], list[str]]] = [
     ({"device__multiprocessors": "8"}, ["device.multiprocessors", "integer", "'8'"]),
     ({"provenance__date": "today"}, ["provenance.date", "date", "'today'"]),
     ({"entries__1__operation": "sideways"}, ["entry 1", "operation", "'forward'", "'sideways'"]),
-    ({"entries__1__shape__inputs": 63}, ["entry 1 (forward 63,32,10,31)", "shape", "even", "63"]),
+    ({"entries__1__shape__inputs": 0}, ["entry 1 (forward 0,32,10,31)", "shape", "at least 1", "0"]),
     ({"entries__1__shape__grids": 2}, ["entry 1", "grids", "at least 3", "2"]),
     ({"entries__0__shape__batch": 0}, ["entry 0", "shape.batch", "(got 0)"]),
     ({"entries__0__shape__batch": True}, ["entry 0", "shape.batch", "integer", "True"]),
