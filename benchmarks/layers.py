@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 import typer
@@ -102,6 +103,7 @@ class Row:
     device: devices.Device
     timings: Mapping[str, Timing]
     used: Mapping[str, tuple[dispatch.Used, ...]]
+    batch_first: bool
 
     def published_us(self, operation: str) -> float | None:
         """What the published implementation takes; None where that was not measured."""
@@ -130,6 +132,7 @@ class Row:
             "outputs": s.outputs,
             "grids": s.grids,
             "batch": s.batch,
+            "layout": "batch_first" if self.batch_first else "batch_last",
         }
         for name in (*OPERATIONS, *LINEARS):
             timing = self.timings.get(name)
@@ -153,25 +156,35 @@ def _settings(used: dispatch.Used) -> str:
     return " ".join(f"{k}={v}" for k, v in sorted(used.choice.parameters.items()))
 
 
-def time_row(shape: LayerShape, device: torch.device) -> Row:
+def time_row(shape: LayerShape, device: torch.device, batch_first: bool = False) -> Row:
     """Time everything for one shape."""
     timings, used = {}, {}
     for name, work in OPERATIONS.items():
         if work.everywhere or device.type == "cuda":
             before = len(dispatch.used())
-            timings[name] = time_lmkan(work.operation, shape, device, work.table)
+            timings[name] = time_lmkan(work.operation, shape, device, work.table, batch_first)
             used[name] = tuple(dispatch.used()[before:])
     for name in LINEARS:
         if name != "linear_tf32" or device.type == "cuda":
             timings[name] = time_linear(name, shape, device)
-    return Row(shape, devices.of(device), timings, used)
+    return Row(shape, devices.of(device), timings, used, batch_first)
 
 
 def time_lmkan(
-    operation: Operation, shape: LayerShape, device: torch.device, table: TableDtype = TableDtype.FLOAT32
+    operation: Operation,
+    shape: LayerShape,
+    device: torch.device,
+    table: TableDtype = TableDtype.FLOAT32,
+    batch_first: bool = False,
 ) -> Timing:
-    """One operation, by the kernel that a layer would get; narrow tables are packed beforehand."""
+    """One operation, by the kernel that a layer would get; narrow tables are packed beforehand.
+
+    With ``batch_first`` inputs and gradients lie samples first; outputs lie batch-last in any case.
+    """
     rotated = rotated_buffers(operation, shape, device, table)
+    if batch_first:
+        for buffers in rotated:
+            buffers |= {n: buffers[n].T.contiguous().T for n in ("x", "grad", "grad_x") if n in buffers}
     execute = partial(dispatch.execute, operation, shape, device, Demand(), table=table)
     return measure([partial(execute, buffers) for buffers in rotated], device)
 
@@ -247,13 +260,20 @@ def _ratio(a: Timing, b: Timing) -> str:
     return f"{a.median / b.median:.2f} ±{a.iqr / a.median + b.iqr / b.median:.0%}"
 
 
-def main(device: DeviceOption = None, output: OutputOption = None, shape: ShapeOption = None) -> None:
+def main(
+    device: DeviceOption = None,
+    output: OutputOption = None,
+    shape: ShapeOption = None,
+    batch_first: Annotated[
+        bool, typer.Option("--batch-first", help="Inputs and gradients lie in memory samples first.")
+    ] = False,
+) -> None:
     """Time lmKAN layers beside linear layers of their shapes."""
     where = choose_device(device)
     rows: list[Row] = []
     with torch.no_grad():
         for s in track(choose_shapes(shape, published_on(where)), "timing", console=Console(stderr=True)):
-            rows.append(time_row(s, where))
+            rows.append(time_row(s, where, batch_first))
             if output is not None:
                 write_csv((row.record() for row in rows), output)
     (print_times if where.type == "cuda" else print_ratios)(rows)

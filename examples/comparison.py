@@ -77,7 +77,7 @@ def mlp(inputs: int, width: int, hidden_layers: int, outputs: int = 1) -> nn.Seq
 
 
 def lmkan(inputs: int, width: int, hidden_layers: int, grids: int, outputs: int = 1) -> LMKANMLP:
-    """Preconditioned lmKAN layers; batch last, which saves transpositions."""
+    """Preconditioned lmKAN layers; batch last throughout."""
     widths = (inputs, *(width,) * hidden_layers, outputs)
     return LMKANMLP(widths, grids, precondition="relu_first", batch_first=False)
 

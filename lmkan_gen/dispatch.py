@@ -262,19 +262,18 @@ def _prepare_choice(
 
 def _contiguous(run: Run, plan: LaunchPlan) -> Run:
     """``run`` for gradients of any strides: what the plan asks no strides of is copied before or after."""
-    asked = {stride.buffer for stride in plan.strides}
-    names = [name for name in ("grad", "grad_x") if name in plan.buffers and name not in asked]
+    names = {"grad", "grad_x"} & plan.buffers - {stride.buffer for stride in plan.strides}
 
     def run_on_copies(buffers: Buffers) -> None:
-        others = {name: buffers[name] for name in names if not buffers[name].is_contiguous()}
-        if not others:
-            return run(buffers)
-        copies = {name: torch.empty_like(t, memory_format=torch.contiguous_format) for name, t in others.items()}
+        copies: dict[str, Tensor] = {}
+        for name in names:
+            if not buffers[name].is_contiguous():
+                copies[name] = torch.empty_like(buffers[name], memory_format=torch.contiguous_format)
         if "grad" in copies:
-            copies["grad"].copy_(others["grad"])
-        run({**buffers, **copies})
+            copies["grad"].copy_(buffers["grad"])
+        run({**buffers, **copies} if copies else buffers)
         if "grad_x" in copies:
-            others["grad_x"].copy_(copies["grad_x"])
+            buffers["grad_x"].copy_(copies["grad_x"])
 
     return run_on_copies if names else run
 

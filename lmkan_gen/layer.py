@@ -26,8 +26,9 @@ class LMKAN2DLayer(BatchLastModule):
 
     ``y[o, b] = sum_p f_{o,p}(x[2p, b], x[2p+1, b])``, where each of the ``output_dim * input_dim / 2``
     functions is piecewise bilinear on a fixed grid and extrapolates linearly. A drop-in replacement
-    for a linear layer, except that the batch is the last axis unless ``batch_first`` is set. The cost of a call does not depend on
-    ``num_grids``; the number of parameters, ``(num_grids + 1)**2 * output_dim * input_dim / 2``, does.
+    for a linear layer, except that the batch is the last axis unless ``batch_first`` is set. The cost of a
+    call does not depend on ``num_grids``; the number of parameters,
+    ``(num_grids + 1)**2 * output_dim * input_dim / 2``, does.
 
     Inputs should have about zero mean and unit variance: put ``BatchNorm(affine=False)`` before every
     such layer but the first.
@@ -51,8 +52,8 @@ class LMKAN2DLayer(BatchLastModule):
             since outputs lie batch-last in memory either way.
 
     Attributes:
-        func_parameter: parameter ``[num_grids+1, num_grids+1, output_dim, ceil(input_dim/2)]``, float32; entry
-            ``[i1, i2, o, p]`` is ``f_{o,p}`` at the knots ``borders[i1], borders[i2]``.
+        func_parameter: parameter ``[num_grids+1, num_grids+1, output_dim, ceil(input_dim/2)]``, float32;
+            entry ``[i1, i2, o, p]`` is ``f_{o,p}`` at the knots ``borders[i1], borders[i2]``.
         borders: buffer ``[num_grids+1]``, float32, the knots.
         frozen: the packed table while the layer is frozen, else None; see `freeze`.
 
@@ -153,9 +154,9 @@ class LMKAN2DLayer(BatchLastModule):
         """Apply the layer.
 
         Args:
-            x: ``[input_dim, batch]``, or ``[*, input_dim]`` if ``batch_first``; of the dtype and on the device
-                of ``func_parameter``, under ``torch.autocast`` for CUDA of any float dtype. Kernels read it as
-                it lies in memory.
+            x: ``[input_dim, batch]``, or ``[*, input_dim]`` if ``batch_first``; of the dtype and on the
+                device of ``func_parameter``, under ``torch.autocast`` for CUDA of any float dtype. Kernels
+                read it as it lies in memory.
 
         Returns:
             ``[output_dim, batch]``, or ``[*, output_dim]``.

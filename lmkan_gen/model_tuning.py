@@ -124,8 +124,9 @@ def layer_calls(model: nn.Module, sample_input: Any) -> list[LayerShape]:
     def note(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         assert isinstance(layer, LMKAN2DLayer)
         x = inputs[0] if inputs else named.get("x")
-        if isinstance(x, Tensor) and (batch := x.numel() // layer.input_dim):  # the layer refuses wrong shapes
-            found[LayerShape(layer.input_dim, layer.output_dim, layer.num_grids, batch)] = None
+        if isinstance(x, Tensor) and x.numel():  # of wrong shapes the layer itself refuses
+            batch = x.numel() // layer.input_dim
+            found[LayerShape(layer.input_dim, layer.output_dim, layer.num_grids, max(1, batch))] = None
 
     training = {module: module.training for module in model.modules()}
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers(model)]

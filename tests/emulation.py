@@ -32,7 +32,9 @@ _INSTRUCTIONS = {
     "ld.global.v2.f32": "value = *address;",
     "ld.global.f32": "value = *address;",
     "cp.async.wait_all": ";",
-    "cp.async": "std::memcpy(std::memset(shared_memory + target + 4 * kCopy * k, 0, 4 * kCopy), source, bytes);",
+    "cp.async": (
+        "std::memcpy(std::memset(shared_memory + target + 4 * kCopy * k, 0, 4 * kCopy), source, bytes);"
+    ),
     "red.global.add.f32": "std::atomic_ref<float>(*address).fetch_add(value);",
     "dp2a.lo": "sum = dot2(weights, corners, 0, sum);",
     "dp2a.hi": "sum = dot2(weights, corners, 2, sum);",

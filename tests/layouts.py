@@ -26,7 +26,7 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     values = t.T if first else t
     step = 3 if "gaps" in layout else 1
     memory = torch.full((len(values), step * values.shape[1] + step), _GAP, dtype=t.dtype, device=t.device)
-    view = memory[:, :: step][:, : values.shape[1]] if step > 1 else memory[:, : values.shape[1]].contiguous()
+    view = memory[:, ::step][:, : values.shape[1]] if step > 1 else memory[:, : values.shape[1]].contiguous()
     view.copy_(values)
     return view.T if first else view
 

@@ -42,10 +42,10 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-def rows_of(script: str, directory: Path) -> list[dict[str, str]]:
+def rows_of(script: str, directory: Path, *more: str) -> list[dict[str, str]]:
     """The CSV of a run for one shape on the CPU, without sizes."""
     output = directory / "times.csv"
-    done = run(script, "--device", "cpu", "--shape", "8,6,5,64", "--output", str(output))
+    done = run(script, "--device", "cpu", "--shape", "8,6,5,64", "--output", str(output), *more)
     assert done.returncode == 0, done.stderr
     assert "8,6,5,64" in done.stdout
     with output.open(newline="") as stream:
@@ -63,8 +63,10 @@ def pop_time(row: dict[str, str], name: str) -> None:
     assert 0 <= spread < math.inf, name
 
 
-def test_layers_on_a_cpu(tmp_path: Path) -> None:
-    (row,) = rows_of("layers", tmp_path)
+@pytest.mark.parametrize("layout", ["batch_last", "batch_first"])
+def test_layers_on_a_cpu(tmp_path: Path, layout: str) -> None:
+    (row,) = rows_of("layers", tmp_path, *(["--batch-first"] if layout == "batch_first" else []))
+    assert row.pop("layout") == layout
     for name in MEASURED:
         pop_time(row, name)
     for name in ("forward", "grad_input"):

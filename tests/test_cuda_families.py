@@ -67,11 +67,13 @@ def test_warps_of_sorted_gradients_cover_rows_exactly(outputs: int) -> None:
     problem = Problem(Operation.BACKWARD, LayerShape(4, outputs, 5, 40), devices.target("sm_90"))
     for vector in (1, 2, 4, 8):
         parameters = {"items": 1, "segment": 32, "vector": vector, "unroll": 2, "blocks": 2}
-        walk = next(s for s in family.plan(problem, parameters).steps if getattr(s, "kernel", "").endswith("_walk"))
-        assert isinstance(walk, Launch)
+        launches = (s for s in family.plan(problem, parameters).steps if isinstance(s, Launch))
+        walk = next(launch for launch in launches if launch.kernel.endswith("_walk"))
         padded = walk.arguments[-3]
-        out_warps = family.spec(problem, parameters).context["out_warps"]
-        assert walk.grid[1] * int(out_warps) * 32 * vector == padded >= outputs
+        out_warps = int(family.spec(problem, parameters).context["out_warps"])
+        assert walk.grid[1] * out_warps * 32 * vector == padded
+        assert isinstance(padded, int)
+        assert padded >= outputs
 
 
 @pytest.mark.gpu

@@ -93,7 +93,7 @@ def select(arch: str) -> Selected:
         for family in families("cuda", operation, table):
             random = Random(f"{arch} {operation} {table} {family.name}")
             shapes = SHAPES if table is TableDtype.FLOAT32 else SHAPES[::3]
-            for shape, strided in ((*((shape, False) for shape in shapes), (shapes[0], True))):
+            for shape, strided in (*((shape, False) for shape in shapes), (shapes[0], True)):
                 problem = Problem(operation, shape, target(arch), table, constant=True, strided=strided)
                 if not strided and (parameters := family.default(problem)) is not None:
                     defaults.add(family.spec(problem, parameters))

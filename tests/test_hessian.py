@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmkan_gen import knots, toolchain
 from lmkan_gen import device as devices
+from lmkan_gen import knots, toolchain
 from lmkan_gen.device import Device
 from lmkan_gen.families import families, hessian_marching, hessian_strips
-from lmkan_gen.families.base import Parameters
 from lmkan_gen.launch import cpu
 from lmkan_gen.plan import Constant
 from lmkan_gen.problem import LayerShape, Operation, Problem

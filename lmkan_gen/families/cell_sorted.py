@@ -258,7 +258,7 @@ def _values(parameters: Parameters) -> tuple[int, int, int, int, int]:
 
 
 def _out_warps(problem: Problem, vector: int) -> int:
-    """Warps of a block that stand side by side along the outputs; blocks of them make up the padded outputs."""
+    """Warps of a block that stand side by side along the outputs; blocks of them make up a padded row."""
     warps = _padded(problem.shape.outputs, vector) // (_WARP * vector)
     return warps // -(-warps // _BLOCK_WARPS)
 

@@ -126,8 +126,9 @@ class RowGather(Family):
         if problem.operation is Operation.GRAD_INPUT:
             grid = (shape.batch, -(-shape.pairs // warps), 1)
             layout = (*strides("x"), *strides("grad"), *strides("grad_x"))
-            arguments = ("x", "borders", "rows", "grad", "grad_x", *sizes, *layout)
-            return LaunchPlan((), (Launch("lmkan_grad_input", arguments, grid, _WARP * warps),))
+            buffers = ("x", "borders", "rows", "grad", "grad_x")
+            launch = Launch("lmkan_grad_input", (*buffers, *sizes, *layout), grid, _WARP * warps)
+            return LaunchPlan((), (launch,))
         slices = -(-shape.pairs // int(parameters["slice"]))
         grid = (shape.batch, -(-shape.outputs // (_WARP * vector)), slices)
         arguments = ("x", "borders", "rows", "y", *sizes, shape.batch, *strides("x"))
