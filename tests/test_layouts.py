@@ -130,7 +130,7 @@ FAMILIES = [
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize(("operation", "kind", "table"), FAMILIES)
-@pytest.mark.parametrize("sizes", [(21, 19, 9, 20011), (64, 128, 12, 1000), (131, 67, 5, 37)], ids=str)
+@pytest.mark.parametrize("sizes", [(21, 19, 9, 20011), (6, 1100, 4, 500), (131, 67, 5, 37)], ids=str)
 def test_cuda_kernel(
     operation: Operation, kind: Family, table: TableDtype, sizes: tuple[int, int, int, int]
 ) -> None:
@@ -140,7 +140,7 @@ def test_cuda_kernel(
     some = Problem(operation, LayerShape(*sizes), devices.cuda(0), table, constant=True, strided=True)
     problems = {layout: replace(some, strided=layout != "batch_last") for layout in layouts.LAYOUTS}
     feasible = [c for c in kind.candidates(some) if not kind.violations(some, c)]
-    chosen = Random(f"{operation} {table} {sizes}").sample(feasible, min(4, len(feasible)))
+    chosen = Random(f"{operation} {table} {sizes}").sample(feasible, min(3, len(feasible)))
     assert chosen
     toolchain.build(list({kind.spec(p, c) for p in problems.values() for c in chosen}))
     for parameters in chosen:
@@ -272,8 +272,9 @@ def test_gradients_of_odd_widths(inputs: int) -> None:
 # --- modules --------------------------------------------------------------------------------------
 
 
-#: what copies; the last ones only where a view would not do
-COPIES = ("clone", "copy_", "_to_copy", "constant_pad_nd", "cat", "contiguous", "reshape", "flatten")
+#: what copies, some of it only where a view would not do
+VIEWS = ("contiguous", "reshape", "flatten")
+COPIES = ("clone", "copy_", "_to_copy", "constant_pad_nd", "cat", *VIEWS)
 OPERATORS: dict[str, Callable[..., Any]] = {
     "lmkan_gen::forward": ops._forward,
     "lmkan_gen::backward": ops._backward,
@@ -294,9 +295,9 @@ class Copies(TorchDispatchMode):
                 return OPERATORS[name](*args)
         result: Any = func(*args, **(kwargs or {}))
         name = name.removeprefix("aten::")
-        if name in COPIES and result.numel() >= self.least:
-            if name in COPIES[:-3] or result.data_ptr() != args[0].data_ptr():
-                self.seen.append(name)
+        copied = name in COPIES and (name not in VIEWS or result.data_ptr() != args[0].data_ptr())
+        if copied and result.numel() >= self.least:
+            self.seen.append(name)
         return result
 
 
