@@ -1,13 +1,12 @@
-// Enough of CUDA to run kernels on a CPU, one block after the other and its threads as threads.
+// Enough of CUDA to run kernels on a CPU, one block after the other, its threads taking turns at every barrier.
 // Shared memory is whatever a block leaves behind: as on a GPU, nobody may rely on its contents.
 #include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <thread>
+#include <ucontext.h>
 #include <vector>
 
 struct Index {
@@ -42,38 +41,64 @@ using std::min;
 #define __restrict__
 #define __align__(bytes) alignas(bytes)
 
-thread_local Index threadIdx, blockIdx;
-Index blockDim, gridDim;
+Index threadIdx, blockIdx, blockDim, gridDim;
 alignas(1024) unsigned char shared_memory[256 * 1024];  // what a launch asks for; its addresses are offsets
 inline unsigned __cvta_generic_to_shared(const void* address) {
     return unsigned(static_cast<const unsigned char*>(address) - shared_memory);
 }
 
-std::barrier<>* in_block;
-std::atomic<int> votes[2];
-thread_local int vote;
-inline void __syncthreads() { in_block->arrive_and_wait(); }
-inline bool __syncthreads_or(int mine) {
-    if (mine) votes[vote % 2] = 1;
-    __syncthreads();
-    const bool any = votes[vote++ % 2];
-    __syncthreads();
-    if (threadIdx.x == 0) votes[(vote + 1) % 2] = 0;
-    return any;
-}
+struct Thread {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStack]};
+    bool done;
+    static constexpr size_t kStack = 1 << 17;
+};
+std::vector<Thread> threads_of_block;
+ucontext_t between_turns;
+inline void end_turn() { swapcontext(&threads_of_block[threadIdx.x].context, &between_turns); }
 
+// A thread that has returned is waited for no longer.
+struct Barrier {
+    unsigned expected, arrived = 0, passed = 0;
+    void wait() {
+        const unsigned before = passed;
+        ++arrived;
+        open();
+        while (passed == before) end_turn();
+    }
+    void leave() {
+        --expected;
+        open();
+    }
+    void open() {
+        if (arrived == expected) arrived = 0, ++passed;
+    }
+};
 struct Warp {
-    std::barrier<> barrier{32};
+    Barrier barrier{32};
     uint64_t values[32];
 };
-thread_local Warp* warp_of_thread;
-inline void __syncwarp() { warp_of_thread->barrier.arrive_and_wait(); }
+Barrier block_barrier;
+std::vector<Warp> warps_of_block;
+
+inline void __syncthreads() { block_barrier.wait(); }
+bool any_vote;
+inline bool __syncthreads_or(int mine) {
+    any_vote |= mine != 0;
+    __syncthreads();
+    const bool any = any_vote;
+    __syncthreads();
+    any_vote = false;
+    __syncthreads();
+    return any;
+}
+inline void __syncwarp() { warps_of_block[threadIdx.x / 32].barrier.wait(); }
 template <typename T> T from_lane(T mine, int lane) {
-    Warp& warp = *warp_of_thread;
+    Warp& warp = warps_of_block[threadIdx.x / 32];
     std::memcpy(&warp.values[threadIdx.x % 32], &mine, sizeof mine);
-    warp.barrier.arrive_and_wait();
+    warp.barrier.wait();
     if (lane >= 0 && lane < 32) std::memcpy(&mine, &warp.values[lane], sizeof mine);
-    warp.barrier.arrive_and_wait();
+    warp.barrier.wait();
     return mine;
 }
 template <typename T> T __shfl_sync(unsigned, T mine, int lane) { return from_lane(mine, lane); }
@@ -106,25 +131,38 @@ struct Argument {
     operator long long() const { return value; }
 };
 
+template <typename Kernel> const Kernel* running;
+template <typename Kernel> void run_thread() {
+    (*running<Kernel>)();
+    warps_of_block[threadIdx.x / 32].barrier.leave();
+    block_barrier.leave();
+    threads_of_block[threadIdx.x].done = true;
+    end_turn();
+}
+
 template <typename Kernel> void launch(const unsigned* grid, unsigned threads, const Kernel& kernel) {
     blockDim = {threads, 1, 1};
     gridDim = {grid[0], grid[1], grid[2]};
+    running<Kernel> = &kernel;
+    threads_of_block.resize(threads);
     for (unsigned block = 0; block < grid[0] * grid[1] * grid[2]; ++block) {
-        std::barrier<> barrier(threads);
-        in_block = &barrier;
-        std::vector<Warp> warps(threads / 32);
-        std::vector<std::thread> running;
-        votes[0] = votes[1] = 0;
-        for (unsigned thread = 0; thread < threads; ++thread)
-            running.emplace_back([&, thread] {
-                threadIdx = {thread, 0, 0};
-                blockIdx = {block % grid[0], block / grid[0] % grid[1], block / (grid[0] * grid[1])};
-                warp_of_thread = &warps[thread / 32];
-                vote = 0;
-                kernel();
-                warp_of_thread->barrier.arrive_and_drop();
-                barrier.arrive_and_drop();
-            });
-        for (std::thread& thread : running) thread.join();
+        blockIdx = {block % grid[0], block / grid[0] % grid[1], block / (grid[0] * grid[1])};
+        block_barrier = {threads};
+        warps_of_block.assign(threads / 32, Warp{});
+        for (Thread& thread : threads_of_block) {
+            getcontext(&thread.context);
+            thread.context.uc_stack.ss_sp = thread.stack.get();
+            thread.context.uc_stack.ss_size = Thread::kStack;
+            makecontext(&thread.context, run_thread<Kernel>, 0);
+            thread.done = false;
+        }
+        for (unsigned left = threads; left;) {
+            for (unsigned t = 0; t < threads; ++t) {
+                if (threads_of_block[t].done) continue;
+                threadIdx = {t, 0, 0};
+                swapcontext(&between_turns, &threads_of_block[t].context);
+                left -= threads_of_block[t].done;
+            }
+        }
     }
 }

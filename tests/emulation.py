@@ -69,7 +69,7 @@ def _library(spec: KernelSpec, kernels: tuple[tuple[str, int], ...], directory: 
     path.with_suffix(".cpp").write_text(text)
     compiler = shutil.which("c++") or shutil.which("g++") or "c++"
     # one rounding per operation, or fused where the GPU's compiler would: either is within the tolerance
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w"]
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-w"]
     command = [compiler, *flags, str(path.with_suffix(".cpp")), "-o", str(path.with_suffix(".so"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
