@@ -22,7 +22,7 @@ from benchmarks.common import DeviceOption, OutputOption, ShapeOption, choose_de
 from lmkan_gen import device as devices
 from lmkan_gen import dispatch
 from lmkan_gen.families import Demand
-from lmkan_gen.problem import LayerShape, Operation, TableDtype
+from lmkan_gen.problem import LayerShape, Operation, TableDtype, packs_once
 from lmkan_gen.tuner.bench import rotated_buffers
 from lmkan_gen.tuner.measure import Timing, copies_past_cache, measure
 from lmkan_gen.tuner.report import duration
@@ -172,7 +172,8 @@ def time_lmkan(
 ) -> Timing:
     """One operation, by the kernel that a layer would get; narrow tables are packed beforehand."""
     rotated = rotated_buffers(operation, shape, device, table)
-    execute = partial(dispatch.execute, operation, shape, device, Demand(), table=table)
+    constant = packs_once(operation, table)
+    execute = partial(dispatch.execute, operation, shape, device, Demand(), table=table, constant=constant)
     return measure([partial(execute, buffers) for buffers in rotated], device)
 
 

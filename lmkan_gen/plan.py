@@ -83,8 +83,8 @@ class LaunchPlan:
     ``grad_x``, ``grad_table``. The Hessian regulariser has ``table`` and ``borders``, and the output
     ``value`` ``[]``, or for its gradient ``scale`` ``[]`` and the output ``grad_table``. All float32,
     contiguous. Where tables are narrow also ``words`` and, for int8, ``scales``; where they do not change
-    ``rows``: all as `lmkan_gen.packing` lays them out. Outputs arrive uninitialised: the plan must write
-    every element.
+    ``rows`` and ``stages_{pairs}_{words}``: all as `lmkan_gen.packing` lays them out.
+    Outputs arrive uninitialised: the plan must write every element.
     """
 
     workspaces: tuple[Workspace, ...]
