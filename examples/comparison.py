@@ -1,23 +1,33 @@
-"""What the examples share: models of equal interface, a training loop, timing, results on disk."""
+"""What the examples share: models of equal interface, evaluation in several arithmetics, the run of a plan."""
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
-from collections.abc import Callable, Iterable, Sequence
+import multiprocessing
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
+from torch.optim import Optimizer
 
+from examples.summary import draw_pareto, print_summary
 from lmkan_gen import fold
 from lmkan_gen.fitting import FittingSchedule
-from lmkan_gen.nn import LMKANMLP, LMKANLinear
+from lmkan_gen.nn import LMKANMLP, LMKANLinear, lmkan_layers, preconditioned_layers
 from lmkan_gen.tuner.measure import measure
+
+LMKAN, MLP = "lmKAN", "MLP"
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,8 @@ class Result:
     batch: int
     microseconds: float
     iqr: float
+    parameters: int
+    training_seconds: float
     device: str
 
 
@@ -45,11 +57,15 @@ class Results:
         self.path = path
         self.rows: list[Result] = []
         if path.exists():
+            kinds = {f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in fields(Result)}
             with path.open(newline="") as stream:
-                for row in csv.DictReader(stream):
-                    kinds = {
-                        f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in fields(Result)
-                    }
+                reader = csv.DictReader(stream)
+                if set(reader.fieldnames or ()) != set(kinds):
+                    raise ValueError(
+                        f"{path} has columns {reader.fieldnames}, not {list(kinds)}: another version of this "
+                        "example wrote it; move it away or give another --output"
+                    )
+                for row in reader:
                     self.rows.append(Result(**{name: kinds[name](value) for name, value in row.items()}))
 
     def has(self, model: str, width: int) -> bool:
@@ -80,6 +96,21 @@ def lmkan(inputs: int, width: int, hidden_layers: int, grids: int, outputs: int 
     """Preconditioned lmKAN layers; batch last, which saves transpositions."""
     widths = (inputs, *(width,) * hidden_layers, outputs)
     return LMKANMLP(widths, grids, precondition="relu_first", batch_first=False)
+
+
+def paper_schedule(
+    hessian: float, steps: int, hessian_end: float = 1e-8
+) -> Callable[[nn.Module, Optimizer], FittingSchedule]:
+    """The paper's four phases for lmKANs; MLPs see their learning rates only."""
+
+    def make(model: nn.Module, optimizer: Optimizer) -> FittingSchedule:
+        if preconditioned_layers(model):
+            return FittingSchedule.four_phase(
+                model, optimizer, steps, hessian=hessian, hessian_end=min(hessian, hessian_end)
+            )
+        return FittingSchedule.two_phase(model, optimizer, steps, decay_fraction=0.75)
+
+    return make
 
 
 def fused(model: nn.Sequential) -> nn.Sequential:
@@ -113,42 +144,8 @@ def call(model: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def train(
-    model: nn.Module,
-    loss: Callable[[], Tensor],
-    steps: Iterable[int],
-    count: int,
-    learning_rate: float,
-    hessian: float,
-) -> None:
-    """Adam in the four phases of the paper; an MLP sees their learning rates only.
-
-    Args:
-        model: trained in place.
-        loss: the loss on a fresh batch.
-        steps: to iterate over; a progress bar, for example.
-        count: how many there are.
-        learning_rate: before it decays.
-        hessian: initial weight of the Hessian regularisation.
-    """
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    if isinstance(model, LMKANMLP):
-        schedule = FittingSchedule.four_phase(model, optimizer, count, hessian=hessian)
-        penalty: Callable[[], Tensor | float] = schedule.penalty
-    else:
-        schedule = FittingSchedule.two_phase(model, optimizer, count, decay_fraction=0.75)
-        penalty = float
-    model.train()
-    for _ in steps:
-        total = loss() + penalty()
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        schedule.step()
-
-
 @contextmanager
-def tf32(on: bool):  # type: ignore[no-untyped-def]
+def tf32(on: bool) -> Iterator[None]:
     """Matrix products of float32 in TF32, or not."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = on
@@ -156,6 +153,25 @@ def tf32(on: bool):  # type: ignore[no-untyped-def]
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def arithmetics(model: nn.Module, device: torch.device) -> list[str]:
+    """In which arithmetics to evaluate: those that the device has kernels for."""
+    if isinstance(model, LMKANMLP):
+        return ["float32", "float16 tables", "int8 tables"] if device.type == "cuda" else ["float32"]
+    return ["float32", "TF32", "float16", "bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
+
+
+def in_arithmetic(ready: nn.Module, arithmetic: str) -> tuple[nn.Module, torch.dtype]:
+    """A copy of a deployed model for one of `arithmetics`, and the dtype of its inputs."""
+    found = copy.deepcopy(ready).eval()
+    name, *of_tables = arithmetic.split()
+    dtype = torch.float32 if name == "TF32" else getattr(torch, name)
+    if not of_tables:
+        return found.to(dtype), dtype
+    for layer in lmkan_layers(found).values():
+        layer.freeze(dtype, master="drop")
+    return found, torch.float32
 
 
 @torch.no_grad()
@@ -167,6 +183,7 @@ def evaluate(
     inputs: int,
     batch: int,
     device: torch.device,
+    training_seconds: float = 0.0,
 ) -> list[Result]:
     """Error and inference time of the deployed model, in every arithmetic that the device has for it.
 
@@ -178,23 +195,34 @@ def evaluate(
         inputs: number of inputs.
         batch: samples of a timed call.
         device: where to run.
+        training_seconds: for the table.
     """
-    cost, ready = flops(model), deployed(model)
-    arithmetics = [("float32", torch.float32, False)]
-    if isinstance(ready, nn.Sequential):
-        if device.type == "cuda":
-            arithmetics.append(("TF32", torch.float32, True))
-        arithmetics.append(("bfloat16", torch.bfloat16, False))
+    cost, parameters = flops(model), sum(p.numel() for p in model.parameters())
+    ready = deployed(model)
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     rows = []
-    for label, dtype, fast in arithmetics:
-        ready = ready.to(dtype)
-        shape = (inputs, batch) if isinstance(ready, LMKANMLP) else (batch, inputs)
+    for arithmetic in arithmetics(ready, device):
+        network, dtype = in_arithmetic(ready, arithmetic)
+        shape = (inputs, batch) if isinstance(network, LMKANMLP) else (batch, inputs)
         x = torch.randn(shape, device=device, dtype=dtype)
-        with tf32(fast):
-            found = error(_predictor(ready, dtype))
-            timing = measure([_inference(ready, x)], device)
-        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        rows.append(Result(name, width, label, found, cost, batch, timing.median, timing.iqr, device_name))
+        with tf32(arithmetic == "TF32"):
+            found = error(_predictor(network, dtype))
+            timing = measure([_inference(network, x)], device)
+        rows.append(
+            Result(
+                name,
+                width,
+                arithmetic,
+                found,
+                cost,
+                batch,
+                timing.median,
+                timing.iqr,
+                parameters,
+                round(training_seconds, 1),
+                device_name,
+            )
+        )
     return rows
 
 
@@ -210,35 +238,131 @@ def _inference(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return run
 
 
-def draw_pareto(rows: Sequence[Result], path: Path, ylabel: str, title: str) -> None:
-    """Error against FLOPs and against measured time, a line per model and arithmetic."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    by_flops, by_time = figure.subplots(1, 2, sharey=True)
-    colours = {"lmKAN": "tab:red", "MLP": "tab:blue"}
-    styles = {"float32": "-", "TF32": "--", "bfloat16": ":"}
-    for model, arithmetic in dict.fromkeys((row.model, row.arithmetic) for row in rows):
-        line = sorted(
-            (r for r in rows if (r.model, r.arithmetic) == (model, arithmetic)), key=lambda r: r.width
+class Task(ABC):
+    """What to approximate. Travels to other processes, so that data should be loaded when first needed.
+
+    Attributes:
+        inputs: of the models.
+        timed_batch: samples of a timed call.
+        error_name: for tables and pictures.
+        title: of the picture.
+    """
+
+    inputs: int
+    timed_batch: int
+    error_name: str
+    title: str
+
+    @abstractmethod
+    def build(self, name: str, width: int) -> nn.Module:
+        """An untrained model on `best_device`."""
+
+    @abstractmethod
+    def fit(self, model: nn.Module, progress: Callable[[int], Iterable[int]]) -> None:
+        """Train; ``progress`` counts steps."""
+
+    @abstractmethod
+    def error(self, predict: Callable[[Tensor], Tensor]) -> float:
+        """On test data, given ``[samples, inputs] -> [samples, outputs]``."""
+
+
+def compare(
+    task: Task, plan: Sequence[tuple[str, int]], directory: Path, jobs: int, console: Console
+) -> list[Result]:
+    """Train and evaluate each model of a plan that is not in the results yet; draw and print them all.
+
+    Args:
+        task: what to approximate.
+        plan: names of models, `LMKAN` or `MLP`, and their hidden widths.
+        directory: for ``results.csv``, ``pareto.png``, ``summary.txt``, and trained models.
+        jobs: how many to train at a time, in processes of their own. Timing is done one by one.
+        console: to report on.
+    """
+    results = Results(directory / "results.csv")
+    missing = [(name, width) for name, width in plan if not results.has(name, width)]
+    if jobs > 1:
+        _fit_in_processes(task, missing, directory, jobs, console)
+    for name, width in missing:
+        path = checkpoint(directory, name, width)
+        if not path.exists():
+            _fit(task, name, width, path, progress_bar(f"{name} {width}", console))
+        model = task.build(name, width)
+        saved = torch.load(path, map_location=best_device(), weights_only=True)
+        model.load_state_dict(saved["model"])
+        rows = evaluate(
+            name, width, model, task.error, task.inputs, task.timed_batch, best_device(), saved["seconds"]
         )
-        drawn = {"color": colours.get(model), "linestyle": styles.get(arithmetic), "marker": "o"}
-        label = f"{model}, {arithmetic}"
-        by_time.plot([r.microseconds for r in line], [r.error for r in line], label=label, **drawn)
-        if arithmetic == "float32":
-            by_flops.plot([r.flops for r in line], [r.error for r in line], label=model, **drawn)
-            for r in line:
-                for ax, x in ((by_flops, r.flops), (by_time, r.microseconds)):
-                    ax.annotate(
-                        str(r.width), (x, r.error), textcoords="offset points", xytext=(4, 4), fontsize=8
-                    )
-    for ax, xlabel in ((by_flops, "FLOPs per sample"), (by_time, f"µs per batch of {rows[0].batch}")):
-        ax.set(xscale="log", xlabel=xlabel)
-        ax.grid(alpha=0.3, which="both")
-        ax.legend(fontsize=8)
-    if min(r.error for r in rows) > 0 and max(r.error for r in rows) / min(r.error for r in rows) > 5:
-        by_flops.set_yscale("log")
-    by_flops.set_ylabel(ylabel)
-    figure.suptitle(f"{title} ({rows[0].device}; numbers are hidden widths)", fontsize=11)
-    figure.savefig(path, dpi=150)
+        results.add(rows)
+        for row in rows:
+            console.print(
+                f"{name} {width}, {row.arithmetic}: {task.error_name} {row.error:.4f}, "
+                f"{row.microseconds:.0f} µs"
+            )
+        draw_pareto(results.rows, directory / "pareto.png", task.error_name, task.title)
+    if results.rows:
+        print_summary(results.rows, directory / "summary.txt", task.error_name, console)
+    return results.rows
+
+
+def progress_bar(label: str, console: Console) -> Callable[[int], Iterable[int]]:
+    """For `Task.fit`."""
+    return lambda count: track(range(count), label, console=console)
+
+
+def choose(plan: Sequence[tuple[str, int]], only: Sequence[str]) -> list[tuple[str, int]]:
+    """The models of a plan that are named, such as ``lmKAN-32``; all if none is.
+
+    Raises:
+        ValueError: a name is not in the plan.
+    """
+    names = {f"{name}-{width}": (name, width) for name, width in plan}
+    for wanted in only:
+        if wanted not in names:
+            raise ValueError(f"no model {wanted!r} in this preset; there are {', '.join(names)}")
+    return [names[wanted] for wanted in only] or list(plan)
+
+
+def checkpoint(directory: Path, name: str, width: int) -> Path:
+    """Where a trained model is kept: its state under ``model``, and the ``seconds`` that training took."""
+    return directory / "models" / f"{name}-{width}.pt"
+
+
+def _fit(
+    task: Task, name: str, width: int, path: Path, progress: Callable[[int], Iterable[int]] = range
+) -> float:
+    """Train one model and save it; return the seconds."""
+    torch.manual_seed(width)
+    model = task.build(name, width)
+    start = time.perf_counter()
+    with tf32(False):
+        task.fit(model, progress)
+    if best_device().type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(".tmp")
+    torch.save({"model": model.state_dict(), "seconds": seconds}, staged)
+    staged.replace(path)
+    return seconds
+
+
+def _fit_in_processes(
+    task: Task, plan: Sequence[tuple[str, int]], directory: Path, jobs: int, console: Console
+) -> None:
+    paths = {checkpoint(directory, name, width): (name, width) for name, width in plan}
+    missing = {path: model for path, model in paths.items() if not path.exists()}
+    # spawned, not forked: CUDA does not survive a fork
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = {
+            pool.submit(_fit, task, name, width, path): f"{name} {width}"
+            for path, (name, width) in missing.items()
+        }
+        try:
+            for future in as_completed(futures):
+                console.print(f"{futures[future]} trained in {future.result():.0f} s")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def best_device() -> torch.device:
