@@ -199,7 +199,6 @@ def evaluate(
     """
     cost, parameters = flops(model), sum(p.numel() for p in model.parameters())
     ready = deployed(model)
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     rows = []
     for arithmetic in arithmetics(ready, device):
         network, dtype = in_arithmetic(ready, arithmetic)
@@ -220,7 +219,7 @@ def evaluate(
                 timing.iqr,
                 parameters,
                 round(training_seconds, 1),
-                device_name,
+                device_name(device),
             )
         )
     return rows
@@ -368,6 +367,11 @@ def _fit_in_processes(
 def best_device() -> torch.device:
     """A GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """For tables."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def standard_scale(values: Tensor) -> tuple[float, float]:

@@ -46,7 +46,7 @@ def train(
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
     rate = torch.tensor(learning_rate, device=device) if on_gpu else learning_rate
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate, capturable=on_gpu, fused=on_gpu)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, capturable=on_gpu and graph, fused=on_gpu)
     plan = schedule(model, optimizer)
     regularised = bool(lmkan_layers(model))
     weight = torch.zeros((), device=device)

@@ -68,17 +68,22 @@ class Samples:
         test: inputs ``[samples, 32]`` and labels ``[samples, 1]``.
     """
 
-    def __init__(self, preset: Preset, path: Path, console: Console | None = None) -> None:
-        """Read labels from ``path``, or make them and write them there."""
+    def __init__(self, preset: Preset, steps: int, path: Path, console: Console | None = None) -> None:
+        """Read labels for so many steps from ``path``, or make them and write them there."""
         self._preset = preset
         self._device = best_device()
         self._generator = torch.Generator(self._device)
         numbers = range(_FIRST_TEST_BATCH, _FIRST_TEST_BATCH + preset.test_batches)
         test_x = torch.cat([self.inputs(number) for number in numbers])
         kept = torch.load(path, map_location=self._device, weights_only=True) if path.exists() else None
+        batches = min(steps, preset.label_batches)
         # another device or release of torch may draw other numbers from the same seed
-        if kept is None or not torch.equal(kept["test_inputs"], test_x):
-            kept = {"test_inputs": test_x, **self._label(test_x, console)}
+        if (
+            kept is None
+            or not torch.equal(kept["test_inputs"], test_x)
+            or kept["labels"].shape[:2] != (batches, preset.batch)
+        ):
+            kept = {"test_inputs": test_x, **self._label(batches, test_x, console)}
             path.parent.mkdir(parents=True, exist_ok=True)
             staged = path.with_suffix(".tmp")
             torch.save(kept, staged)
@@ -98,10 +103,10 @@ class Samples:
             yield self.inputs(number), self.labels[number]
 
     @torch.no_grad()
-    def _label(self, test_x: Tensor, console: Console | None) -> dict[str, Tensor]:
+    def _label(self, batches: int, test_x: Tensor, console: Console | None) -> dict[str, Tensor]:
         target = network(self._preset).to(self._device)
-        labels = torch.empty(self._preset.label_batches, self._preset.batch, 1, device=self._device)
-        numbers: Iterable[int] = range(len(labels))
+        labels = torch.empty(batches, self._preset.batch, 1, device=self._device)
+        numbers: Iterable[int] = range(batches)
         with tf32(False):
             for number in numbers if console is None else track(numbers, "labels", console=console):
                 labels[number] = target(self.inputs(number))
@@ -147,7 +152,7 @@ class FunctionApproximation(Task):
 
     def prepare(self, console: Console) -> None:
         """Make the labels, so that no two processes do."""
-        Samples(self.preset, self._labels, console)
+        Samples(self.preset, self.steps, self._labels, console)
 
     @property
     def _labels(self) -> Path:
@@ -155,7 +160,7 @@ class FunctionApproximation(Task):
 
     @cached_property
     def _samples(self) -> Samples:
-        return Samples(self.preset, self._labels)
+        return Samples(self.preset, self.steps, self._labels)
 
     def build(self, name: str, width: int) -> nn.Module:
         """See `Task`."""
