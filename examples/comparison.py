@@ -1,4 +1,4 @@
-"""What the examples share: models of equal interface, evaluation in several arithmetics, the run of a plan."""
+"""What the examples share: models of equal interface, evaluation in several arithmetics, runs of a plan."""
 
 from __future__ import annotations
 
@@ -98,17 +98,13 @@ def lmkan(inputs: int, width: int, hidden_layers: int, grids: int, outputs: int 
     return LMKANMLP(widths, grids, precondition="relu_first", batch_first=False)
 
 
-def paper_schedule(
-    hessian: float, steps: int, hessian_end: float = 1e-8
-) -> Callable[[nn.Module, Optimizer], FittingSchedule]:
+def paper_schedule(hessian: float, steps: int) -> Callable[[nn.Module, Optimizer], FittingSchedule]:
     """The paper's four phases for lmKANs; MLPs see their learning rates only."""
 
     def make(model: nn.Module, optimizer: Optimizer) -> FittingSchedule:
         if preconditioned_layers(model):
-            return FittingSchedule.four_phase(
-                model, optimizer, steps, hessian=hessian, hessian_end=min(hessian, hessian_end)
-            )
-        return FittingSchedule.two_phase(model, optimizer, steps, decay_fraction=0.75)
+            return FittingSchedule.four_phase(model, optimizer, steps, hessian=hessian)
+        return FittingSchedule.two_phase(model, optimizer, steps)
 
     return make
 
@@ -242,15 +238,18 @@ class Task(ABC):
 
     Attributes:
         inputs: of the models.
-        timed_batch: samples of a timed call.
         error_name: for tables and pictures.
         title: of the picture.
     """
 
     inputs: int
-    timed_batch: int
     error_name: str
     title: str
+
+    @property
+    @abstractmethod
+    def timed_batch(self) -> int:
+        """Samples of a timed call."""
 
     @abstractmethod
     def build(self, name: str, width: int) -> nn.Module:

@@ -60,9 +60,7 @@ def error_at(rows: Sequence[Result], cost: Cost, budget: float) -> float | None:
     i = bisect_left([cost(row) for row in line], budget)
     if cost(line[i]) == budget:
         return line[i].error
-    return _between(
-        budget, (cost(line[i - 1]), cost(line[i])), (line[i - 1].error, line[i].error)
-    )
+    return _between(budget, (cost(line[i - 1]), cost(line[i])), (line[i - 1].error, line[i].error))
 
 
 def cost_of(rows: Sequence[Result], cost: Cost, error: float) -> float | None:
@@ -76,15 +74,13 @@ def cost_of(rows: Sequence[Result], cost: Cost, error: float) -> float | None:
     if error >= line[0].error:
         return cost(line[0])
     i = next(i for i, row in enumerate(line) if row.error <= error)
-    return _between(
-        error, (line[i - 1].error, line[i].error), (cost(line[i - 1]), cost(line[i]))
-    )
+    return _between(error, (line[i - 1].error, line[i].error), (cost(line[i - 1]), cost(line[i])))
 
 
 def _between(x: float, xs: tuple[float, float], ys: tuple[float, float]) -> float:
     """``y`` at ``x`` on the line through two points, in logarithms of both; all are positive."""
     fraction = math.log(x / xs[0]) / math.log(xs[1] / xs[0])
-    return ys[0] * (ys[1] / ys[0]) ** fraction
+    return float(ys[0] * (ys[1] / ys[0]) ** fraction)
 
 
 def verdicts(rows: Sequence[Result], arithmetic: str | None) -> list[Verdict]:

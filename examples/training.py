@@ -86,7 +86,9 @@ def train(
 class _Replayed:
     """A step: a few times as it is, then captured and replayed, if there is a stream to capture on."""
 
-    def __init__(self, step: Callable[[bool], None], argument: bool, stream: torch.cuda.Stream | None) -> None:
+    def __init__(
+        self, step: Callable[[bool], None], argument: bool, stream: torch.cuda.Stream | None
+    ) -> None:
         self._step, self._argument, self._stream = step, argument, stream
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0

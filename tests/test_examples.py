@@ -145,7 +145,7 @@ def test_training_is_the_loop_that_it_seems_to_be(kind: str) -> None:
     torch.manual_seed(1)
     trained: nn.Module = mlp(4, 8, 2) if kind == "mlp" else lmkan(4, 8, 2, 8)
     expected = copy.deepcopy(trained)
-    make = paper_schedule(1e-2, 40, 1e-4)
+    make = paper_schedule(1e-2, 40)
     train(
         trained.train(),
         lambda x, y: mse_loss(call(trained, x), y),
@@ -177,10 +177,10 @@ def test_replayed_steps_are_steps(kind: str) -> None:
         model: nn.Module = (mlp(4, 8, 2) if kind == "mlp" else lmkan(4, 8, 2, 8)).cuda()
         train(
             model.train(),
-            lambda x, y, model=model: mse_loss(call(model, x), y),  # type: ignore[misc]
+            lambda x, y, model=model: mse_loss(call(model, x), y),
             ((x.cuda(), y.cuda()) for x, y in batches(60)),
             range(60),
-            paper_schedule(1e-2, 60, 1e-4),
+            paper_schedule(1e-2, 60),
             5e-3,
             graph,
         )

@@ -180,7 +180,15 @@ def test_example_runs(tmp_path: Path) -> None:
     positions = generate.sample(1000, np.random.default_rng(4))
     energies = (positions**2).sum((1, 2))
     generate.save(tmp_path / "data.npz", Configurations(positions, energies, 2 * positions))
-    command = [sys.executable, "-m", "examples.methane", "--steps", "20", "--data", str(tmp_path / "data.npz")]
+    command = [
+        sys.executable,
+        "-m",
+        "examples.methane",
+        "--steps",
+        "20",
+        "--data",
+        str(tmp_path / "data.npz"),
+    ]
     command += ["--output", str(tmp_path / "out"), "--only", "lmKAN-8", "--only", "MLP-32"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

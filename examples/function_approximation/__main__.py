@@ -4,9 +4,10 @@
     python -m examples.function_approximation --preset full     # needs a GPU
 
 The setting is the paper's: the target is a random tanh network of 10 layers of 1024 units with weights 3
-times as large as usual, inputs are normal, and the error is the mean squared error in units of the target's
-variance. All models see the same samples, which are labelled once and kept in ``labels.pt`` (labels only:
-inputs are drawn anew from their batch's number). Finished models are kept too; run again to go on.
+times as large as usual, inputs are normal, and the error is the mean squared error in units of the
+target's variance. All models see the same samples, each once. They are labelled once, in TF32 on GPUs, and
+kept in ``labels.pt`` (labels only: inputs are drawn anew from their batch's number). Finished models are kept
+too; run again to go on.
 """
 
 from __future__ import annotations

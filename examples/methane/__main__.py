@@ -3,9 +3,9 @@
     python -m examples.methane --preset quick
     python -m examples.methane --preset full     # needs a GPU
 
-Configurations are random (see `examples.methane.generate`), labelled with GFN2-xTB; the models' inputs are the
-12 coordinates of the hydrogens. The file with the data is made if it is missing, which needs `tblite`. Finished
-models are kept; run again to go on.
+Configurations are random (see `examples.methane.generate`), labelled with GFN2-xTB; the models' inputs are
+the 12 coordinates of the hydrogens. The file with the data is made if it is missing, which needs `tblite`.
+Finished models are kept; run again to go on.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ install tblite``), at an electronic temperature of 5000 K, which is usual where 
 configuration in thirty does not converge, and neighbouring ones may converge to different states. What does
 not converge is dropped.
 
-A killed run goes on where it was: shards are on disk, and each depends on its number alone, so that the result
-does not depend on the number of processes either.
+A killed run goes on where it was: shards are on disk, and each depends on its number alone, so that the
+result does not depend on the number of processes either.
 """
 
 from __future__ import annotations

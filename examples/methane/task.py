@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ class Samples:
         None of these changes the energy, so that every batch is new.
         """
         positions, energies, gradients = self.train
-        draw = {"device": positions.device, "generator": self._generator}
+        draw: dict[str, Any] = {"device": positions.device, "generator": self._generator}
         while True:
             count = _DRAWN * batch
             index = torch.randint(len(energies), (count,), **draw)
@@ -196,7 +197,9 @@ class Methane(Task):
             loss,
             self.samples.batches(self.preset.force_batch),
             progress(steps),
-            lambda m, optimizer: FittingSchedule([Phase("forces", steps, Curve(1, 0, "cosine"))], m, optimizer),
+            lambda m, optimizer: FittingSchedule(
+                [Phase("forces", steps, Curve(1, 0, "cosine"))], m, optimizer
+            ),
             self.learning_rate / 5,
             self.graph,
         )
