@@ -20,7 +20,6 @@ from examples.comparison import (
     Result,
     Results,
     call,
-    choose,
     deployed,
     flops,
     in_arithmetic,
@@ -29,6 +28,7 @@ from examples.comparison import (
     paper_schedule,
 )
 from examples.function_approximation.task import PRESETS, Samples, network
+from examples.plan import choose
 from examples.summary import sentences, verdicts
 from examples.training import train
 

@@ -18,8 +18,9 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from examples.comparison import LMKAN, MLP, choose, compare
+from examples.comparison import LMKAN, MLP
 from examples.function_approximation.task import PRESETS, FunctionApproximation
+from examples.plan import choose, compare
 
 
 def main(

@@ -16,7 +16,6 @@ from torch.nn.functional import mse_loss
 
 from examples.comparison import (
     LMKAN,
-    Task,
     best_device,
     call,
     lmkan,
@@ -25,12 +24,14 @@ from examples.comparison import (
     standard_scale,
     tf32,
 )
+from examples.plan import Task
 from examples.training import train
 
 INPUTS, HIDDEN_LAYERS = 32, 2
 SEED = 0
 #: test batches have numbers that no training batch has
 _FIRST_TEST_BATCH = 2**30
+_TEST_BATCH = 8192
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,11 @@ class FunctionApproximation(Task):
         """Samples."""
         return self.preset.timed_batch
 
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """See `Task`."""
+        return self.preset.batch, _TEST_BATCH
+
     def prepare(self, console: Console) -> None:
         """Make the labels, so that no two processes do."""
         Samples(self.preset, self.steps, self._labels, console)
@@ -188,4 +194,4 @@ class FunctionApproximation(Task):
     def error(self, predict: Callable[[Tensor], Tensor]) -> float:
         """See `Task`."""
         x, y = self._samples.test
-        return mse_loss(torch.cat([predict(part) for part in x.split(8192)]), y).item()
+        return mse_loss(torch.cat([predict(part) for part in x.split(_TEST_BATCH)]), y).item()

@@ -19,9 +19,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from examples.comparison import LMKAN, MLP, best_device, checkpoint, choose, compare, progress_bar, tf32
+from examples.comparison import LMKAN, MLP, best_device, tf32
 from examples.methane.generate import generate
 from examples.methane.task import PRESETS, Methane
+from examples.plan import checkpoint, choose, compare, progress_bar
 
 HEADINGS = (
     "model",

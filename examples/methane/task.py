@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from examples.comparison import LMKAN, Task, best_device, call, lmkan, mlp, paper_schedule, standard_scale
+from examples.comparison import LMKAN, best_device, call, lmkan, mlp, paper_schedule, standard_scale
 from examples.methane.generate import RADIUS, load
+from examples.plan import Task
 from examples.training import train
 from lmkan_gen.fitting import Curve, FittingSchedule, Phase
 
@@ -25,6 +26,7 @@ SEED = 0
 SCALE = 5**0.5 / RADIUS
 #: batches that are drawn at a time
 _DRAWN = 32
+_TEST_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,11 @@ class Methane(Task):
         """Samples."""
         return self.preset.timed_batch
 
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """See `Task`."""
+        return self.preset.batch, self.preset.force_batch, _TEST_BATCH
+
     @cached_property
     def samples(self) -> Samples:
         """Loaded when first asked for."""
@@ -207,13 +214,13 @@ class Methane(Task):
     def error(self, predict: Callable[[Tensor], Tensor]) -> float:
         """See `Task`."""
         positions, energies, _ = self.samples.test
-        found = torch.cat([predict(part) for part in (SCALE * positions.flatten(1)).split(8192)])
+        found = torch.cat([predict(part) for part in (SCALE * positions.flatten(1)).split(_TEST_BATCH)])
         return (mse_loss(found, energies).sqrt() / energies.std()).item()
 
     def force_errors(self, model: nn.Module) -> tuple[float, float]:
         """RMSE / STD of energies and of the components of forces, on test data."""
         positions, energies, gradients = self.samples.test
-        found = [gradients_of(model, part, create_graph=False) for part in positions.split(4096)]
+        found = [gradients_of(model, part, create_graph=False) for part in positions.split(_TEST_BATCH)]
         return tuple(  # type: ignore[return-value]
             (mse_loss(torch.cat(parts).detach(), truth).sqrt() / truth.std()).item()
             for parts, truth in zip(zip(*found, strict=True), (energies, gradients), strict=True)
