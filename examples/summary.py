@@ -84,16 +84,17 @@ def _between(x: float, xs: tuple[float, float], ys: tuple[float, float]) -> floa
 
 
 def verdicts(rows: Sequence[Result], arithmetic: str | None) -> list[Verdict]:
-    """lmKAN against each MLP, cheapest first.
+    """lmKAN against each MLP, fastest first.
 
     Args:
         rows: of all models.
-        arithmetic: of both; None: any, each model in whichever serves it best.
+        arithmetic: of both; None: any, and only MLPs that no other one beats.
     """
     rows = [row for row in rows if arithmetic in (None, row.arithmetic)]
     lmkans = [row for row in rows if row.model == "lmKAN"]
     found = []
-    for row in frontier([row for row in rows if row.model == "MLP"], _time):
+    mlps = sorted((row for row in rows if row.model == "MLP"), key=_time)
+    for row in mlps if arithmetic else frontier(mlps, _time):
         time, flops = cost_of(lmkans, _time, row.error), cost_of(lmkans, _flops, row.error)
         found.append(
             Verdict(
