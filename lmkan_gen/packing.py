@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lmkan_gen.problem import TableDtype
 
@@ -213,8 +215,9 @@ def stages(words: Tensor, scales: Tensor | None, pairs: int, width: int, fixed: 
 def packed(table: Tensor, dtype: TableDtype) -> PackedTable:
     """`pack`, done once for as long as the table lives and is not written to.
 
-    Writing is noticed by the tensor's version counter, as autograd does; what is written through ``.data``
-    escapes it. While a CUDA graph is captured packing is part of the graph, so that replays see new values.
+    Writing is noticed by the tensor's version counter, as autograd does, and steps of optimisers by
+    themselves, since fused ones do not count. What is written through ``.data`` escapes both, and so do
+    replays of a CUDA graph. While a CUDA graph is captured packing is part of the graph, so that replays see new values.
 
     Raises:
         ValueError: as `pack`.
@@ -245,6 +248,17 @@ def _once(source: Tensor, what: str, make: Callable[[], T], fixed: bool = False)
         _known[key] = known
     made: T = known.made
     return made
+
+
+def _forget_stepped(optimizer: Optimizer, *_: Any) -> None:
+    """Fused optimisers write without moving the version counter."""
+    if _known:
+        written = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for key in [key for key in _known if key[0] in written]:
+            _known.pop(key, None)
+
+
+register_optimizer_step_post_hook(_forget_stepped)
 
 
 def arranged(
