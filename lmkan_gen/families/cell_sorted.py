@@ -23,6 +23,8 @@ _REGISTERS = 65536
 _MAX_GRID = 65535  # blocks along the second and third axis
 #: of a walk's launch, per multiprocessor: four times what it holds
 _ENOUGH_WARPS = 64
+#: in a fixed order shorter segments would leave more bytes at their edges than is worth their number
+_LEAST_ORDERED_SEGMENT = 64
 _SEGMENTS = (32, 64, 128, 256, 512, 1024)
 
 
@@ -59,7 +61,7 @@ class CellSorted(Family):
     def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
         """See base class."""
         shape, device = problem.shape, problem.device
-        items, segment, vector, unroll, blocks = _values(parameters)
+        items, segment, vector, unroll, blocks = _values(problem, parameters)
         found = []
         if problem.table is TableDtype.BFLOAT16 and device.compute_capability < 80:
             found.append(
@@ -135,7 +137,7 @@ class CellSorted(Family):
     @staticmethod
     def _shared_memory(problem: Problem, parameters: Parameters) -> int:
         """Bytes of a walking block: staged records, and for input gradients two numbers a sample and warp."""
-        _, segment, vector, _, _ = _values(parameters)
+        _, segment, vector, _, _ = _values(problem, parameters)
         warps = _warps(problem, vector)
         records = warps // _out_warps(problem, vector) * segment * _RECORD_BYTES
         return records + (problem.operation is not Operation.GRAD_TABLE) * warps * segment * 8
@@ -166,7 +168,7 @@ class CellSorted(Family):
 
     def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
         """See base class."""
-        items, segment, vector, unroll, blocks = _values(parameters)
+        items, segment, vector, unroll, blocks = _values(problem, parameters)
         out_warps = _out_warps(problem, vector)
         return KernelSpec.make(
             "cell_sorted.cu.j2",
@@ -191,7 +193,7 @@ class CellSorted(Family):
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""
         shape, operation = problem.shape, problem.operation
-        items, segment, vector, _, _ = _values(parameters)
+        items, segment, vector, _, _ = _values(problem, parameters)
         with_table, with_input = operation is not Operation.GRAD_INPUT, operation is not Operation.GRAD_TABLE
         ordered = _ordered(problem)
         chunk = _SORT_THREADS * items
@@ -306,7 +308,7 @@ class _Division:
 def _divide(problem: Problem, parameters: Parameters) -> _Division:
     """As many chunks at a time as the workspace holds; in a fixed order, copies of the sums in it as well."""
     shape, limit = problem.shape, problem.workspace
-    items, segment, vector, _, _ = _values(parameters)
+    items, segment, vector, _, _ = _values(problem, parameters)
     most = max(1, _MAX_GRID // shape.pairs)
     scratch = _scratch(problem, items, vector)
     if not _ordered(problem):
@@ -369,10 +371,13 @@ def _scratch(problem: Problem, items: int, vector: int) -> int:
     )
 
 
-def _values(parameters: Parameters) -> tuple[int, int, int, int, int]:
+def _values(problem: Problem, parameters: Parameters) -> tuple[int, int, int, int, int]:
+    """Items, segment, vector, unroll, blocks."""
     items, segment, vector, unroll, blocks = (
         int(parameters[k]) for k in ("items", "segment", "vector", "unroll", "blocks")
     )
+    if _ordered(problem):
+        segment = max(segment, _LEAST_ORDERED_SEGMENT)
     return items, segment, vector, unroll, blocks
 
 
