@@ -3,9 +3,10 @@
     python -m benchmarks.sanitize                     all four tools
     python -m benchmarks.sanitize --tool racecheck    one of them
 
-Each family, operation and table dtype runs with its default parameters and some random ones, on shapes
-with partial tiles and odd tails, and its results are compared with the definition. compute-sanitizer comes
-with the CUDA toolkit.
+Each family, operation and table dtype runs with its default parameters and some random ones, and where
+deterministic algorithms need another source with that one's default as well, on shapes with partial tiles
+and odd tails, and its results are compared with the definition. compute-sanitizer comes with the CUDA
+toolkit.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ def jobs(random: int, seed: int) -> Iterator[tuple[Problem, Family, Parameters]]
             fitting = [c for c in family.candidates(problem) if not family.violations(problem, c)]
             chosen = Random(f"{seed} {problem} {family.name}").sample(fitting, min(random, len(fitting)))
             yield from ((problem, family, parameters) for parameters in chosen)
+            ordered = replace(problem, deterministic=True)
+            default = family.default(ordered)
+            if default is not None and family.spec(ordered, default) != family.spec(problem, default):
+                yield ordered, family, default
 
 
 def run(random: int, seed: int) -> int:
