@@ -69,12 +69,13 @@ EVALUATION_BYTES = {
 
 @dataclass(frozen=True)
 class Work:
-    """One measured operation of a layer; ``everywhere``: on CPUs too, which have no narrow tables."""
+    """One measured operation of a layer; ``everywhere``: on CPUs too, where it would be nothing else."""
 
     heading: str
     operation: Operation
     table: TableDtype = TableDtype.FLOAT32
     everywhere: bool = True
+    deterministic: bool = False
 
 
 OPERATIONS = {
@@ -83,6 +84,9 @@ OPERATIONS = {
     "forward_int8": Work("forward\nint8", Operation.FORWARD, TableDtype.INT8, everywhere=False),
     "grad_input": Work("grad\ninput", Operation.GRAD_INPUT),
     "backward": Work("lmKAN\nbackward", Operation.BACKWARD),
+    "backward_deterministic": Work(
+        "backward\ndeterministic", Operation.BACKWARD, everywhere=False, deterministic=True
+    ),
     "backward_float16": Work("backward\nfloat16", Operation.BACKWARD, TableDtype.FLOAT16, everywhere=False),
 }
 PUBLISHED_OPERATIONS = ("forward", "backward")
@@ -159,7 +163,7 @@ def time_row(shape: LayerShape, device: torch.device) -> Row:
     for name, work in OPERATIONS.items():
         if work.everywhere or device.type == "cuda":
             before = len(dispatch.used())
-            timings[name] = time_lmkan(work.operation, shape, device, work.table)
+            timings[name] = time_lmkan(work.operation, shape, device, work.table, work.deterministic)
             used[name] = tuple(dispatch.used()[before:])
     for name in LINEARS:
         if name != "linear_tf32" or device.type == "cuda":
@@ -168,13 +172,22 @@ def time_row(shape: LayerShape, device: torch.device) -> Row:
 
 
 def time_lmkan(
-    operation: Operation, shape: LayerShape, device: torch.device, table: TableDtype = TableDtype.FLOAT32
+    operation: Operation,
+    shape: LayerShape,
+    device: torch.device,
+    table: TableDtype = TableDtype.FLOAT32,
+    deterministic: bool = False,
 ) -> Timing:
     """One operation, by the kernel that a layer would get; narrow tables are packed beforehand."""
     rotated = rotated_buffers(operation, shape, device, table)
     constant = packs_once(operation, table)
     execute = partial(dispatch.execute, operation, shape, device, Demand(), table=table, constant=constant)
-    return measure([partial(execute, buffers) for buffers in rotated], device)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        return measure([partial(execute, buffers) for buffers in rotated], device)
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def time_linear(name: str, shape: LayerShape, device: torch.device) -> Timing:

@@ -1,8 +1,13 @@
-// Enough of CUDA to run simple kernels on a CPU, one block after the other and its threads as threads.
+// Enough of CUDA to run kernels on a CPU, one block after the other and its threads as threads.
 // Shared memory is whatever a block leaves behind: as on a GPU, nobody may rely on its contents.
 #include <algorithm>
+#include <atomic>
 #include <barrier>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <memory>
+#include <random>
 #include <thread>
 #include <vector>
 
@@ -15,17 +20,66 @@ struct float2 {
 struct float4 {
     float x, y, z, w;
 };
+struct uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <typename T> T __ldg(const T* address) {
     if (reinterpret_cast<uintptr_t>(address) % sizeof(T)) __builtin_trap();  // a misaligned address
     return *address;
 }
+template <typename To, typename From> To bits_of(From value) {
+    To result;
+    static_assert(sizeof(To) == sizeof(From));
+    std::memcpy(&result, &value, sizeof(To));
+    return result;
+}
+inline float __int_as_float(int v) { return bits_of<float>(v); }
+inline float __uint_as_float(unsigned v) { return bits_of<float>(v); }
+inline int __float_as_int(float v) { return bits_of<int>(v); }
+inline int __float2int_rd(float v) { return v != v ? 0 : int(std::floor(std::clamp(v, -2147483648.0f, 2147483520.0f))); }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int atomicAdd(int* address, int value) { return std::atomic_ref<int>(*address).fetch_add(value); }
 
 thread_local Index threadIdx, blockIdx;
-Index blockDim;
+Index blockDim, gridDim;
 std::barrier<>* in_block;
 inline void __syncthreads() { in_block->arrive_and_wait(); }
+
+// What lanes of a warp show each other. All of them take part, whatever the mask.
+struct Warp {
+    std::barrier<> barrier{32};
+    unsigned shown[32];
+};
+thread_local Warp* in_warp;
+inline void __syncwarp() { in_warp->barrier.arrive_and_wait(); }
+template <typename T, typename Look> auto shown(T value, Look look) {
+    __syncwarp();
+    in_warp->shown[threadIdx.x % 32] = bits_of<unsigned>(value);
+    __syncwarp();
+    return look([](int lane) { return bits_of<T>(in_warp->shown[lane]); });
+}
+template <typename T> T __shfl_sync(unsigned, T value, int lane) {
+    return shown(value, [&](auto of) { return of(lane); });
+}
+template <typename T> T __shfl_up_sync(unsigned, T value, int by) {
+    const int lane = threadIdx.x % 32;
+    return shown(value, [&](auto of) { return of(lane >= by ? lane - by : lane); });
+}
+template <typename T> T __shfl_xor_sync(unsigned, T value, int mask) {
+    return shown(value, [&](auto of) { return of(int(threadIdx.x % 32) ^ mask); });
+}
+inline unsigned __ballot_sync(unsigned, int set) {
+    return shown(set, [&](auto of) {
+        unsigned bits = 0;
+        for (int lane = 0; lane < 32; ++lane) bits |= unsigned(of(lane) != 0) << lane;
+        return bits;
+    });
+}
 
 using std::max;
 using std::min;
@@ -33,8 +87,13 @@ using std::min;
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static
+#define __align__(n) alignas(n)
 #define __launch_bounds__(...)
 #define asm if (false) asm  // prefetches
+
+alignas(16) inline char dynamic_shared_memory[1 << 18];
+// In place of an addition by one instruction.
+inline void add_atomically(float* address, float value) { std::atomic_ref<float>(*address).fetch_add(value); }
 
 // An argument of a launch: an address or a number, as the parameter wants it.
 struct Argument {
@@ -43,19 +102,28 @@ struct Argument {
     operator long long() const { return value; }
 };
 
-template <typename Kernel> void launch(unsigned blocks, unsigned threads, const Kernel& kernel) {
+// Blocks one after the other, in an order that `seed` says: 0 is by their indices.
+template <typename Kernel> void launch(const Index& grid, unsigned threads, unsigned seed, const Kernel& kernel) {
     blockDim = {threads, 1, 1};
-    for (unsigned block = 0; block < blocks; ++block) {
-        std::barrier<> barrier(threads);
-        in_block = &barrier;
-        std::vector<std::thread> running;
-        for (unsigned thread = 0; thread < threads; ++thread)
-            running.emplace_back([&, thread] {
-                threadIdx = {thread, 0, 0};
-                blockIdx = {block, 0, 0};
+    gridDim = grid;
+    std::vector<Index> blocks;
+    for (unsigned z = 0; z < grid.z; ++z)
+        for (unsigned y = 0; y < grid.y; ++y)
+            for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
+    if (seed) std::shuffle(blocks.begin(), blocks.end(), std::mt19937(seed));
+    const auto warps = std::make_unique<Warp[]>((threads + 31) / 32);
+    std::barrier<> block_done(threads);
+    in_block = &block_done;
+    std::vector<std::thread> running;
+    for (unsigned thread = 0; thread < threads; ++thread)
+        running.emplace_back([&, thread] {
+            threadIdx = {thread, 0, 0};
+            in_warp = &warps[thread / 32];
+            for (const Index& block : blocks) {
+                blockIdx = block;
                 kernel();
-                barrier.arrive_and_drop();
-            });
-        for (std::thread& thread : running) thread.join();
-    }
+                __syncthreads();
+            }
+        });
+    for (std::thread& thread : running) thread.join();
 }

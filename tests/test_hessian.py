@@ -5,11 +5,7 @@ The CUDA source is run on the CPU as well, thread by thread, so that it is check
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable, Mapping
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,15 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmkan_gen import codegen, knots, toolchain
 from lmkan_gen import device as devices
+from lmkan_gen import knots, toolchain
 from lmkan_gen.device import Device
 from lmkan_gen.families import families, hessian_marching, hessian_strips
 from lmkan_gen.families.base import Parameters
 from lmkan_gen.launch import cpu
-from lmkan_gen.plan import Launch
 from lmkan_gen.problem import LayerShape, Operation, Problem
-from tests import truth
+from tests import emulation, truth
 
 TOLERANCE = 5e-6
 OPERATIONS = (Operation.HESSIAN, Operation.GRAD_HESSIAN)
@@ -123,53 +118,16 @@ def test_cpu_kernel_does_not_depend_on_threads(operation: Operation) -> None:
 # --- CUDA, run on a CPU ---------------------------------------------------------------------------
 
 
-@cache
-def emulated(source: str, kernels: tuple[tuple[str, int], ...], directory: Path) -> ctypes.CDLL:
-    """The kernels of a CUDA source, by name and number of arguments, as functions of the CPU."""
-    calls = []
-    for name, count in kernels:
-        arguments = ", ".join(f"Argument{{a[{k}]}}" for k in range(count))
-        calls.append(
-            f'extern "C" void call_{name}(unsigned blocks, unsigned threads, const int64_t* a) {{\n'
-            f"    launch(blocks, threads, [&] {{ {name}({arguments}); }});\n"
-            "}\n"
-        )
-    header = Path(__file__).with_name("cuda_on_cpu.h").read_text()
-    path = directory / f"{abs(hash(source))}"
-    path.with_suffix(".cpp").write_text("\n".join((header, source, *calls)))
-    compiler = shutil.which("c++") or shutil.which("g++") or "c++"
-    # one rounding per operation, or fused where the GPU's compiler would: either is within the tolerance
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w"]
-    command = [compiler, *flags, str(path.with_suffix(".cpp")), "-o", str(path.with_suffix(".so"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(path.with_suffix(".so")))
-
-
-def prepared_in_emulation(problem: Problem, parameters: Parameters, directory: Path) -> Run:
+def prepared_in_emulation(problem: Problem, parameters: Parameters, emulated: Path) -> Run:
     family = hessian_marching.FAMILY
     family.check(problem.operation, parameters)
     assert not family.violations(problem, parameters)
-    plan = family.plan(problem, parameters)
-    launches = [step for step in plan.steps if isinstance(step, Launch)]
-    assert len(launches) == len(plan.steps)
-    source = codegen.render(family.spec(problem, parameters))
-    library = emulated(source, tuple((s.kernel, len(s.arguments)) for s in launches), directory)
+    spec, plan = family.spec(problem, parameters), family.plan(problem, parameters)
 
     def run(buffers: Mapping[str, Tensor]) -> None:
-        scratch = {w.name: torch.full((w.bytes,), 0xFF, dtype=torch.uint8) for w in plan.workspaces}
-        everything = {**buffers, **scratch}
-        for step in launches:
-            values = [everything[a].data_ptr() if isinstance(a, str) else a for a in step.arguments]
-            arguments = (ctypes.c_int64 * len(values))(*values)
-            library[f"call_{step.kernel}"](step.grid[0], step.block, arguments)
+        emulation.run(spec, plan, emulated, buffers)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("emulation")
 
 
 #: pairs, outputs, grids, and a device so small or large that columns are marched in one go or in stretches
@@ -185,7 +143,7 @@ EMULATED = [
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize(("pairs", "outputs", "grids", "parameters", "multiprocessors"), EMULATED)
 def test_cuda_kernel_in_emulation(
-    emulation: Path,
+    emulated: Path,
     operation: Operation,
     pairs: int,
     outputs: int,
@@ -195,17 +153,17 @@ def test_cuda_kernel_in_emulation(
 ) -> None:
     shape = shape_of(pairs, outputs, grids)
     problem = Problem(operation, shape, gpu(multiprocessors))
-    run = prepared_in_emulation(problem, parameters, emulation)
+    run = prepared_in_emulation(problem, parameters, emulated)
     check(operation, run, table_of(shape))
 
 
-def test_stretches_are_as_good_as_whole_marches(emulation: Path) -> None:
+def test_stretches_are_as_good_as_whole_marches(emulated: Path) -> None:
     """Where columns are cut has no influence, not even on rounding."""
     shape, parameters = shape_of(2, 9, 33), {"vector": 2, "warps": 4, "ahead": 4}
     problems = [Problem(Operation.GRAD_HESSIAN, shape, gpu(m)) for m in (1, 2, 132)]
     assert len({hessian_marching.FAMILY.plan(p, parameters) for p in problems}) > 1
     table = table_of(shape)
-    runs = (prepared_in_emulation(p, parameters, emulation) for p in problems)
+    runs = (prepared_in_emulation(p, parameters, emulated) for p in problems)
     whole, *cut = (result(Operation.GRAD_HESSIAN, run, table) for run in runs)
     for found in cut:
         assert torch.equal(found, whole)
@@ -214,7 +172,7 @@ def test_stretches_are_as_good_as_whole_marches(emulation: Path) -> None:
 @pytest.mark.parametrize("kind", ["cpu", "emulation"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
-def test_what_is_not_finite_stays_where_its_stencils_reach(emulation: Path, kind: str, bad: float) -> None:
+def test_what_is_not_finite_stays_where_its_stencils_reach(emulated: Path, kind: str, bad: float) -> None:
     shape = shape_of(1, 3, 7)
     for place in product((0, 1, 2, 4, 6, 7), repeat=2):
         table = table_of(shape)
@@ -224,7 +182,7 @@ def test_what_is_not_finite_stays_where_its_stencils_reach(emulation: Path, kind
             run = prepared_on_cpu(Operation.GRAD_HESSIAN, shape)
         else:
             problem = Problem(Operation.GRAD_HESSIAN, shape, devices.target("sm_90"))
-            run = prepared_in_emulation(problem, {"vector": 1, "warps": 8, "ahead": 0}, emulation)
+            run = prepared_in_emulation(problem, {"vector": 1, "warps": 8, "ahead": 0}, emulated)
         found = result(Operation.GRAD_HESSIAN, run, table).view(table.shape)
         assert torch.equal(found.isfinite(), torch.from_numpy(expected).isfinite()), place
 
