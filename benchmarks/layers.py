@@ -23,7 +23,7 @@ from benchmarks.common import DeviceOption, OutputOption, ShapeOption, choose_de
 from lmkan_gen import device as devices
 from lmkan_gen import dispatch
 from lmkan_gen.families import Demand
-from lmkan_gen.problem import LayerShape, Operation, TableDtype
+from lmkan_gen.problem import LayerShape, Operation, TableDtype, packs_once
 from lmkan_gen.tuner.bench import rotated_buffers
 from lmkan_gen.tuner.measure import Timing, copies_past_cache, measure
 from lmkan_gen.tuner.report import duration
@@ -70,12 +70,13 @@ EVALUATION_BYTES = {
 
 @dataclass(frozen=True)
 class Work:
-    """One measured operation of a layer; ``everywhere``: on CPUs too, which have no narrow tables."""
+    """One measured operation of a layer; ``everywhere``: on CPUs too, where it would be nothing else."""
 
     heading: str
     operation: Operation
     table: TableDtype = TableDtype.FLOAT32
     everywhere: bool = True
+    deterministic: bool = False
 
 
 OPERATIONS = {
@@ -84,6 +85,9 @@ OPERATIONS = {
     "forward_int8": Work("forward\nint8", Operation.FORWARD, TableDtype.INT8, everywhere=False),
     "grad_input": Work("grad\ninput", Operation.GRAD_INPUT),
     "backward": Work("lmKAN\nbackward", Operation.BACKWARD),
+    "backward_deterministic": Work(
+        "backward\ndeterministic", Operation.BACKWARD, everywhere=False, deterministic=True
+    ),
     "backward_float16": Work("backward\nfloat16", Operation.BACKWARD, TableDtype.FLOAT16, everywhere=False),
 }
 PUBLISHED_OPERATIONS = ("forward", "backward")
@@ -162,7 +166,9 @@ def time_row(shape: LayerShape, device: torch.device, batch_first: bool = False)
     for name, work in OPERATIONS.items():
         if work.everywhere or device.type == "cuda":
             before = len(dispatch.used())
-            timings[name] = time_lmkan(work.operation, shape, device, work.table, batch_first)
+            timings[name] = time_lmkan(
+                work.operation, shape, device, work.table, work.deterministic, batch_first
+            )
             used[name] = tuple(dispatch.used()[before:])
     for name in LINEARS:
         if name != "linear_tf32" or device.type == "cuda":
@@ -175,6 +181,7 @@ def time_lmkan(
     shape: LayerShape,
     device: torch.device,
     table: TableDtype = TableDtype.FLOAT32,
+    deterministic: bool = False,
     batch_first: bool = False,
 ) -> Timing:
     """One operation, by the kernel that a layer would get; narrow tables are packed beforehand.
@@ -185,8 +192,14 @@ def time_lmkan(
     if batch_first:
         for buffers in rotated:
             buffers |= {n: buffers[n].T.contiguous().T for n in ("x", "grad", "grad_x") if n in buffers}
-    execute = partial(dispatch.execute, operation, shape, device, Demand(), table=table)
-    return measure([partial(execute, buffers) for buffers in rotated], device)
+    constant = packs_once(operation, table)
+    execute = partial(dispatch.execute, operation, shape, device, Demand(), table=table, constant=constant)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        return measure([partial(execute, buffers) for buffers in rotated], device)
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def time_linear(name: str, shape: LayerShape, device: torch.device) -> Timing:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 import typer
@@ -114,7 +115,7 @@ class Row:
         ]
 
 
-def measure_row(shape: LayerShape, device: torch.device) -> Row:
+def measure_row(shape: LayerShape, device: torch.device, deterministic: bool) -> Row:
     """Time and check all distributions on one shape."""
     torch.manual_seed(0)
     rotated = rotated_buffers(Operation.BACKWARD, shape, device)
@@ -126,7 +127,9 @@ def measure_row(shape: LayerShape, device: torch.device) -> Row:
             x = distribution(rotated[0]["x"], rotated[0]["borders"])
             for buffers in rotated:
                 buffers["x"].copy_(x)
+            torch.use_deterministic_algorithms(deterministic)
             timing = measure([partial(execute, buffers) for buffers in rotated], device)
+            torch.use_deterministic_algorithms(False)
             timings[name] = timings[name] + timing if name in timings else timing
             errors[name] = error(rotated[0])
     return Row(shape, devices.of(device), timings, errors)
@@ -174,13 +177,18 @@ def print_rows(rows: list[Row]) -> None:
     Console().print(table)
 
 
-def main(device: DeviceOption = None, output: OutputOption = None, shape: ShapeOption = None) -> None:
+def main(
+    device: DeviceOption = None,
+    output: OutputOption = None,
+    shape: ShapeOption = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Sums in a fixed order.")] = False,
+) -> None:
     """Time both gradients on skewed inputs, and compare them with the definition."""
     where = choose_device(device)
     rows: list[Row] = []
     with torch.no_grad():
         for s in track(choose_shapes(shape, SHAPES[where.type]), "timing", console=Console(stderr=True)):
-            rows.append(measure_row(s, where))
+            rows.append(measure_row(s, where, deterministic))
             if output is not None:
                 write_csv((record for row in rows for record in row.records()), output)
     print_rows(rows)

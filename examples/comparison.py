@@ -1,23 +1,26 @@
-"""What the examples share: models of equal interface, a training loop, timing, results on disk."""
+"""What the examples share: models of equal interface, evaluation in several arithmetics, results on disk."""
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
+from torch.optim import Optimizer
 
 from lmkan_gen import fold
 from lmkan_gen.fitting import FittingSchedule
-from lmkan_gen.nn import LMKANMLP, LMKANLinear
+from lmkan_gen.nn import LMKANMLP, LMKANLinear, lmkan_layers, preconditioned_layers
 from lmkan_gen.tuner.measure import measure
+
+LMKAN, MLP = "lmKAN", "MLP"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Result:
     batch: int
     microseconds: float
     iqr: float
+    parameters: int
+    training_seconds: float
     device: str
 
 
@@ -45,11 +50,15 @@ class Results:
         self.path = path
         self.rows: list[Result] = []
         if path.exists():
+            kinds = {f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in fields(Result)}
             with path.open(newline="") as stream:
-                for row in csv.DictReader(stream):
-                    kinds = {
-                        f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in fields(Result)
-                    }
+                reader = csv.DictReader(stream)
+                if set(reader.fieldnames or ()) != set(kinds):
+                    raise ValueError(
+                        f"{path} has columns {reader.fieldnames}, not {list(kinds)}: another version of this "
+                        "example wrote it; move it away or give another --output"
+                    )
+                for row in reader:
                     self.rows.append(Result(**{name: kinds[name](value) for name, value in row.items()}))
 
     def has(self, model: str, width: int) -> bool:
@@ -80,6 +89,17 @@ def lmkan(inputs: int, width: int, hidden_layers: int, grids: int, outputs: int 
     """Preconditioned lmKAN layers; batch last throughout."""
     widths = (inputs, *(width,) * hidden_layers, outputs)
     return LMKANMLP(widths, grids, precondition="relu_first", batch_first=False)
+
+
+def paper_schedule(hessian: float, steps: int) -> Callable[[nn.Module, Optimizer], FittingSchedule]:
+    """The paper's four phases for lmKANs; MLPs see their learning rates only."""
+
+    def make(model: nn.Module, optimizer: Optimizer) -> FittingSchedule:
+        if preconditioned_layers(model):
+            return FittingSchedule.four_phase(model, optimizer, steps, hessian=hessian)
+        return FittingSchedule.two_phase(model, optimizer, steps)
+
+    return make
 
 
 def fused(model: nn.Sequential) -> nn.Sequential:
@@ -113,42 +133,8 @@ def call(model: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def train(
-    model: nn.Module,
-    loss: Callable[[], Tensor],
-    steps: Iterable[int],
-    count: int,
-    learning_rate: float,
-    hessian: float,
-) -> None:
-    """Adam in the four phases of the paper; an MLP sees their learning rates only.
-
-    Args:
-        model: trained in place.
-        loss: the loss on a fresh batch.
-        steps: to iterate over; a progress bar, for example.
-        count: how many there are.
-        learning_rate: before it decays.
-        hessian: initial weight of the Hessian regularisation.
-    """
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    if isinstance(model, LMKANMLP):
-        schedule = FittingSchedule.four_phase(model, optimizer, count, hessian=hessian)
-        penalty: Callable[[], Tensor | float] = schedule.penalty
-    else:
-        schedule = FittingSchedule.two_phase(model, optimizer, count, decay_fraction=0.75)
-        penalty = float
-    model.train()
-    for _ in steps:
-        total = loss() + penalty()
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        schedule.step()
-
-
 @contextmanager
-def tf32(on: bool):  # type: ignore[no-untyped-def]
+def tf32(on: bool) -> Iterator[None]:
     """Matrix products of float32 in TF32, or not."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = on
@@ -156,6 +142,25 @@ def tf32(on: bool):  # type: ignore[no-untyped-def]
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def arithmetics(model: nn.Module, device: torch.device) -> list[str]:
+    """In which arithmetics to evaluate: those that the device has kernels for."""
+    if isinstance(model, LMKANMLP):
+        return ["float32", "float16 tables", "int8 tables"] if device.type == "cuda" else ["float32"]
+    return ["float32", "TF32", "float16", "bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
+
+
+def in_arithmetic(ready: nn.Module, arithmetic: str) -> tuple[nn.Module, torch.dtype]:
+    """A copy of a deployed model for one of `arithmetics`, and the dtype of its inputs."""
+    found = copy.deepcopy(ready).eval()
+    name, *of_tables = arithmetic.split()
+    dtype = torch.float32 if name == "TF32" else getattr(torch, name)
+    if not of_tables:
+        return found.to(dtype), dtype
+    for layer in lmkan_layers(found).values():
+        layer.freeze(dtype, master="drop")
+    return found, torch.float32
 
 
 @torch.no_grad()
@@ -167,6 +172,7 @@ def evaluate(
     inputs: int,
     batch: int,
     device: torch.device,
+    training_seconds: float = 0.0,
 ) -> list[Result]:
     """Error and inference time of the deployed model, in every arithmetic that the device has for it.
 
@@ -178,23 +184,33 @@ def evaluate(
         inputs: number of inputs.
         batch: samples of a timed call.
         device: where to run.
+        training_seconds: for the table.
     """
-    cost, ready = flops(model), deployed(model)
-    arithmetics = [("float32", torch.float32, False)]
-    if isinstance(ready, nn.Sequential):
-        if device.type == "cuda":
-            arithmetics.append(("TF32", torch.float32, True))
-        arithmetics.append(("bfloat16", torch.bfloat16, False))
+    cost, parameters = flops(model), sum(p.numel() for p in model.parameters())
+    ready = deployed(model)
     rows = []
-    for label, dtype, fast in arithmetics:
-        ready = ready.to(dtype)
-        shape = (inputs, batch) if isinstance(ready, LMKANMLP) else (batch, inputs)
+    for arithmetic in arithmetics(ready, device):
+        network, dtype = in_arithmetic(ready, arithmetic)
+        shape = (inputs, batch) if isinstance(network, LMKANMLP) else (batch, inputs)
         x = torch.randn(shape, device=device, dtype=dtype)
-        with tf32(fast):
-            found = error(_predictor(ready, dtype))
-            timing = measure([_inference(ready, x)], device)
-        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        rows.append(Result(name, width, label, found, cost, batch, timing.median, timing.iqr, device_name))
+        with tf32(arithmetic == "TF32"):
+            found = error(_predictor(network, dtype))
+            timing = measure([_inference(network, x)], device)
+        rows.append(
+            Result(
+                name,
+                width,
+                arithmetic,
+                found,
+                cost,
+                batch,
+                timing.median,
+                timing.iqr,
+                parameters,
+                round(training_seconds, 1),
+                device_name(device),
+            )
+        )
     return rows
 
 
@@ -210,40 +226,14 @@ def _inference(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return run
 
 
-def draw_pareto(rows: Sequence[Result], path: Path, ylabel: str, title: str) -> None:
-    """Error against FLOPs and against measured time, a line per model and arithmetic."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    by_flops, by_time = figure.subplots(1, 2, sharey=True)
-    colours = {"lmKAN": "tab:red", "MLP": "tab:blue"}
-    styles = {"float32": "-", "TF32": "--", "bfloat16": ":"}
-    for model, arithmetic in dict.fromkeys((row.model, row.arithmetic) for row in rows):
-        line = sorted(
-            (r for r in rows if (r.model, r.arithmetic) == (model, arithmetic)), key=lambda r: r.width
-        )
-        drawn = {"color": colours.get(model), "linestyle": styles.get(arithmetic), "marker": "o"}
-        label = f"{model}, {arithmetic}"
-        by_time.plot([r.microseconds for r in line], [r.error for r in line], label=label, **drawn)
-        if arithmetic == "float32":
-            by_flops.plot([r.flops for r in line], [r.error for r in line], label=model, **drawn)
-            for r in line:
-                for ax, x in ((by_flops, r.flops), (by_time, r.microseconds)):
-                    ax.annotate(
-                        str(r.width), (x, r.error), textcoords="offset points", xytext=(4, 4), fontsize=8
-                    )
-    for ax, xlabel in ((by_flops, "FLOPs per sample"), (by_time, f"µs per batch of {rows[0].batch}")):
-        ax.set(xscale="log", xlabel=xlabel)
-        ax.grid(alpha=0.3, which="both")
-        ax.legend(fontsize=8)
-    if min(r.error for r in rows) > 0 and max(r.error for r in rows) / min(r.error for r in rows) > 5:
-        by_flops.set_yscale("log")
-    by_flops.set_ylabel(ylabel)
-    figure.suptitle(f"{title} ({rows[0].device}; numbers are hidden widths)", fontsize=11)
-    figure.savefig(path, dpi=150)
-
-
 def best_device() -> torch.device:
     """A GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """For tables."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def standard_scale(values: Tensor) -> tuple[float, float]:

@@ -9,7 +9,7 @@ inference call. `examples/digits.py` shows the layers underneath, and tuning.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +24,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from examples.comparison import best_device, device_name
+from examples.training import train
 from lmkan_gen.fitting import Curve, FittingSchedule, Phase
 from lmkan_gen.nn import LMKANMLP, LMKANBlock, LMKANConv2d
 from lmkan_gen.tuner.measure import measure
@@ -90,35 +92,44 @@ def load(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.to(device), y.to(device), test_x.to(device), test_y.to(device)
 
 
-def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, name: str, console: Console) -> None:
+def batches(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Epoch after epoch in random order, without the incomplete batch at the end of each."""
+    while True:
+        order = torch.randperm(len(y), device=y.device)
+        for batch in order[: len(y) - len(y) % BATCH].split(BATCH):
+            yield x[batch], y[batch]
+
+
+def fit(
+    model: nn.Module, x: Tensor, y: Tensor, epochs: int, graph: bool, name: str, console: Console
+) -> None:
     """Train in place; networks without lmKAN layers get the learning rates alone."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    steps = epochs * (len(y) // BATCH)
     # few samples: the regularisation stays on, at a tenth of where it starts
     phases = (
-        Phase("decay", epochs // 2, hessian=Curve(1e-1, 1e-2, "exponential")),
-        Phase("cosine", epochs - epochs // 2, Curve(1, 0, "cosine"), hessian=Curve(1e-2)),
+        Phase("decay", steps // 2, hessian=Curve(1e-1, 1e-2, "exponential")),
+        Phase("cosine", steps - steps // 2, Curve(1, 0, "cosine"), hessian=Curve(1e-2)),
     )
-    schedule = FittingSchedule(phases, model, optimizer)
-    regularised = name.startswith("lmKAN")
     model.train()
-    for _ in track(range(epochs), name, console=console):
-        for batch in torch.randperm(len(y), device=y.device).split(BATCH):
-            loss = cross_entropy(model(x[batch]), y[batch])
-            if regularised:
-                loss = loss + schedule.penalty()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
+    train(
+        model,
+        lambda images, labels: cross_entropy(model(images), labels),
+        batches(x, y),
+        track(range(steps), name, console=console),
+        lambda model, optimizer: FittingSchedule(phases, model, optimizer),
+        LEARNING_RATE,
+        graph,
+    )
     model.eval()
 
 
 def main(
     preset: Annotated[Literal["quick", "full"], typer.Option(help="How long to train.")] = "quick",
     output: Annotated[Path | None, typer.Option(help="Directory for CSV and picture.")] = None,
+    graph: Annotated[bool, typer.Option(help="Train by replaying CUDA graphs, on GPUs.")] = True,
 ) -> None:
     """Train four networks on handwritten digits."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     console = Console()
     directory = output or Path("results") / f"digits-{preset}"
     x, y, test_x, test_y = load(device)
@@ -126,7 +137,7 @@ def main(
     for name, make in MODELS.items():
         torch.manual_seed(SEED)
         model = make().to(device)
-        train(model, x, y, EPOCHS[preset], name, console)
+        fit(model, x, y, EPOCHS[preset], graph, name, console)
 
         def infer(model: nn.Module = model) -> None:
             with torch.no_grad():
@@ -135,7 +146,7 @@ def main(
         with torch.no_grad():
             accuracy = (model(test_x).argmax(1) == test_y).float().mean().item()
         parameters = sum(p.numel() for p in model.parameters())
-        rows.append((name, parameters, accuracy, measure([infer], device).median, BATCH, str(device)))
+        rows.append((name, parameters, accuracy, measure([infer], device).median, BATCH, device_name(device)))
     table = Table(title=f"handwritten digits, {EPOCHS[preset]} epochs")
     for heading in HEADINGS:
         table.add_column(heading.replace("_", " "))

@@ -4,6 +4,7 @@ Importing this touches neither CUDA nor a compiler; kernels are made when a laye
 """
 
 from lmkan_gen.conversion import convert, fold, refine
+from lmkan_gen.dispatch import set_workspace_limit
 from lmkan_gen.grid import knots
 from lmkan_gen.layer import LMKAN2DLayer
 from lmkan_gen.model_tuning import tune
@@ -21,5 +22,6 @@ __all__ = [
     "knots",
     "lmkan",
     "refine",
+    "set_workspace_limit",
     "tune",
 ]

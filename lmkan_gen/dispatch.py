@@ -73,7 +73,7 @@ class Used:
         return f"{words}; plain torch ran instead: {self.fallback}" if self.fallback else words
 
 
-_Key = tuple[Operation, LayerShape, torch.device, Demand, TableDtype, bool, bool, bool, bool]
+_Key = tuple[Operation, LayerShape, torch.device, Demand, TableDtype, bool, bool, bool, bool, int]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class _Prepared:
 _prepared: dict[_Key, _Prepared] = {}
 _failed: dict[KernelSpec, str] = {}
 _warned: set[str] = set()
+#: bytes; None: the environment says
+_workspace_limit: int | None = None
 
 
 def execute(
@@ -125,7 +127,8 @@ def execute(
     deterministic = torch.are_deterministic_algorithms_enabled()
     constant = constant or packed is not None
     strided = "x" in buffers and not buffers["x"].is_contiguous()
-    key = (operation, shape, device, demand, table, deterministic, constant, strided, kernels_disabled())
+    disabled, limit = kernels_disabled(), workspace_limit()
+    key = (operation, shape, device, demand, table, deterministic, constant, strided, disabled, limit)
     found = _prepared.get(key)
     if found is None:
         if len(_prepared) >= _CAPACITY:
@@ -184,11 +187,14 @@ def clear_caches() -> None:
 def workspace_limit() -> int:
     """Bytes of scratch memory that kernels may take, of that which could grow with the batch.
 
-    Taken from ``LMKAN_GEN_WORKSPACE``, in MiB, when a kernel is chosen for a shape.
+    What `set_workspace_limit` was given, or else ``LMKAN_GEN_WORKSPACE`` MiB, or else 256 MiB; asked at every
+    call.
 
     Raises:
         ValueError: the variable is not a positive integer.
     """
+    if _workspace_limit is not None:
+        return _workspace_limit
     text = os.environ.get(WORKSPACE_VARIABLE, "")
     if not text:
         return DEFAULT_WORKSPACE
@@ -198,6 +204,33 @@ def workspace_limit() -> int:
             f"such as {DEFAULT_WORKSPACE >> 20}"
         )
     return int(text) << 20
+
+
+def set_workspace_limit(mebibytes: int | None) -> None:
+    """Bound the scratch memory of backward on GPUs that could grow with the batch, from the next call on.
+
+    Longer batches are worked on in slabs. Tables in another order come on top: twice the size of the layer's
+    table, with deterministic algorithms up to three times.
+
+    Args:
+        mebibytes: for every layer in this process, at least 1. None: what the environment variable
+            ``LMKAN_GEN_WORKSPACE`` says, or 256.
+
+    Raises:
+        TypeError: ``mebibytes`` is no integer.
+        ValueError: ``mebibytes`` is below 1.
+    """
+    global _workspace_limit
+    if mebibytes is None:
+        _workspace_limit = None
+        return
+    if isinstance(mebibytes, bool) or not isinstance(mebibytes, int):
+        raise TypeError(f"mebibytes must be an integer or None, got {mebibytes!r}")
+    if mebibytes < 1:
+        raise ValueError(
+            f"mebibytes is {mebibytes}, must be a positive number of MiB such as {DEFAULT_WORKSPACE >> 20}"
+        )
+    _workspace_limit = mebibytes << 20
 
 
 def kernels_disabled() -> bool:

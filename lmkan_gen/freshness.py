@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 from lmkan_gen.codegen import render
 from lmkan_gen.families import family
@@ -23,7 +24,8 @@ def is_stale(entry: Entry, problem: Problem) -> bool:
     """
     if entry.source is None:
         return False
-    return entry.source != source_digest(family(entry.family).spec(problem, entry.parameters))
+    timed = replace(problem, deterministic=False)
+    return entry.source != source_digest(family(entry.family).spec(timed, entry.parameters))
 
 
 def stale_entries(file: TuningFile) -> list[Entry]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from lmkan_gen.grid import coordinates
 from lmkan_gen.layer import LMKAN2DLayer
 from lmkan_gen.nn.conv import LMKANConv2d
 from lmkan_gen.nn.layers import lmkan_layers
+from lmkan_gen.watching import Watcher, watching
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,14 @@ def layer_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         are patches.
     """
     found: dict[str, Tensor] = {}
-    handles = []
+    watchers: dict[nn.Module, Watcher] = {}
     for name, module in model.named_modules():
         if isinstance(module, LMKANConv2d):
-            handles.append(
-                module.register_forward_pre_hook(_keep_patches(found, f"{name}.layer".lstrip(".")))
-            )
+            watchers[module] = _keep_patches(found, f"{name}.layer".lstrip("."))
         elif isinstance(module, LMKAN2DLayer):
-            handles.append(module.register_forward_pre_hook(_keep(found, name)))
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
+            watchers[module] = _keep(found, name)
+    with watching(model, watchers):
+        model(x)
     return {name: found[name] for name in lmkan_layers(model) if name in found}
 
 
@@ -148,16 +140,16 @@ def _rms(values: Tensor, weights: Tensor) -> Tensor:
     return (values.square() * weights.unsqueeze(2)).sum(1).sqrt()
 
 
-def _keep(found: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook(module: LMKAN2DLayer, arguments: tuple[Tensor, ...]) -> None:
-        x = arguments[0].detach()
+def _keep(found: dict[str, Tensor], name: str) -> Watcher:
+    def watch(module: LMKAN2DLayer, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = (arguments[0] if arguments else named["x"]).detach()
         found[name] = x.reshape(-1, module.input_dim).T if module.batch_first else x
 
-    return hook
+    return watch
 
 
-def _keep_patches(found: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook(module: LMKANConv2d, arguments: tuple[Tensor, ...]) -> None:
-        found[name] = module.patches(arguments[0].detach())
+def _keep_patches(found: dict[str, Tensor], name: str) -> Watcher:
+    def watch(module: LMKANConv2d, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found[name] = module.patches((arguments[0] if arguments else named["x"]).detach())
 
-    return hook
+    return watch

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lmkan_gen.layer import LMKAN2DLayer
 from lmkan_gen.nn.layers import lmkan_layers
 from lmkan_gen.problem import LayerShape
+from lmkan_gen.watching import watching
 
 if TYPE_CHECKING:
     from lmkan_gen.tuner.progress import Observer
@@ -128,20 +129,11 @@ def layer_calls(model: nn.Module, sample_input: Any) -> list[LayerShape]:
             batch = x.numel() // layer.input_dim
             found[LayerShape(layer.input_dim, layer.output_dim, layer.num_grids, max(1, batch))] = None
 
-    training = {module: module.training for module in model.modules()}
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers(model)]
-    try:
-        model.eval()
-        with torch.no_grad():
-            if isinstance(sample_input, tuple):
-                model(*sample_input)
-            elif isinstance(sample_input, Mapping):
-                model(**sample_input)
-            else:
-                model(sample_input)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, was in training.items():
-            module.training = was
+    with watching(model, dict.fromkeys(layers(model), note)):
+        if isinstance(sample_input, tuple):
+            model(*sample_input)
+        elif isinstance(sample_input, Mapping):
+            model(**sample_input)
+        else:
+            model(sample_input)
     return list(found)

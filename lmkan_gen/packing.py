@@ -12,6 +12,7 @@ The layouts are the same for all kernels, so that a packed table outlives the ch
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -19,13 +20,19 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lmkan_gen.problem import TableDtype
 
 #: neighbouring input pairs that share an int8 scale (per output)
 SCALE_PAIRS = 8
 _LARGEST = 127
+#: of a weight of int8 tables, which are 16-bit integers
+WEIGHT_ONE = 512
+_BANKS = 32  # of shared memory
 T = TypeVar("T")
+_STAGES = re.compile(r"stages_(\d+)_(\d+)")
 _HALF = {TableDtype.FLOAT16: torch.float16, TableDtype.BFLOAT16: torch.bfloat16}
 
 
@@ -162,14 +169,56 @@ def rows(source: Tensor | PackedTable, dtype: TableDtype) -> Tensor:
         by_pair = table.permute(3, 0, 1, 2)
         return torch.nn.functional.pad(by_pair, (0, row_pitch(outputs) - outputs)).contiguous()
 
-    return _once(key, f"rows {dtype}", arrange)
+    return _once(key, f"rows {dtype}", arrange, fixed=isinstance(source, PackedTable))
+
+
+def stages_name(pairs: int, words: int) -> str:
+    """What launch plans call a table in the layout of `stages`."""
+    return f"stages_{pairs}_{words}"
+
+
+def stages(words: Tensor, scales: Tensor | None, pairs: int, width: int, fixed: bool = False) -> Tensor:
+    """A table in the order in which kernels stream it: tile by tile.
+
+    Done once for as long as ``words`` lives and is not written to, like `packed`.
+
+    Args:
+        words: 32-bit words ``[rows, rows, W, P]``: a float32 table, or the words of a packed one.
+        scales: those of an int8 table, ``[ceil(P/8), O]``.
+        pairs: input pairs in a tile; at most 8 where there are scales.
+        width: words in a tile.
+        fixed: whether nobody will ever write to ``words``, so that a CUDA graph need not arrange them again.
+
+    Returns:
+        int32 ``[ceil(W/width), ceil(P/pairs), rows * rows * width * pairs + S]``, zeros beyond the edges;
+        ``S`` is 0, or the multiple of 32 that has room for the scales of the tile's outputs.
+    """
+
+    def arrange() -> Tensor:
+        flat = words.detach().flatten(0, 1).view(torch.int32)
+        pad = (0, -flat.shape[2] % pairs, 0, -flat.shape[1] % width)
+        tiles = torch.nn.functional.pad(flat, pad).unflatten(2, (-1, pairs)).unflatten(1, (-1, width))
+        tiles = tiles.permute(1, 3, 0, 2, 4).flatten(2)
+        if scales is None:
+            in_order: Tensor = tiles.contiguous()
+            return in_order
+        # int8 weights are in units of 1/512: see `narrow.cuh.j2`
+        groups = torch.arange(tiles.shape[1], device=words.device) * pairs // SCALE_PAIRS
+        padded = torch.nn.functional.pad(scales / WEIGHT_ONE, (0, pad[3]))[groups]
+        of_tiles = padded.unflatten(1, (-1, width)).transpose(0, 1)
+        of_tiles = torch.nn.functional.pad(of_tiles, (0, -width % _BANKS)).contiguous().view(torch.int32)
+        return torch.cat((tiles, of_tiles), dim=2)
+
+    return _once(words, stages_name(pairs, width), arrange, fixed)
 
 
 def packed(table: Tensor, dtype: TableDtype) -> PackedTable:
     """`pack`, done once for as long as the table lives and is not written to.
 
-    Writing is noticed by the tensor's version counter, as autograd does; what is written through ``.data``
-    escapes it. While a CUDA graph is captured packing is part of the graph, so that replays see new values.
+    Writing is noticed by the tensor's version counter, as autograd does, and steps of optimisers by
+    themselves, since fused ones do not count. What is written through ``.data`` escapes both, and so do
+    replays of a CUDA graph. While a CUDA graph is captured packing is part of the graph, so that replays see
+    new values.
 
     Raises:
         ValueError: as `pack`.
@@ -187,22 +236,36 @@ class _Known:
 _known: dict[tuple[int, str], _Known] = {}
 
 
-def _once(source: Tensor, what: str, make: Callable[[], T]) -> T:
-    if source.is_inference() or (source.is_cuda and torch.cuda.is_current_stream_capturing()):
+def _once(source: Tensor, what: str, make: Callable[[], T], fixed: bool = False) -> T:
+    capturing = source.is_cuda and torch.cuda.is_current_stream_capturing()
+    if source.is_inference() or (capturing and not fixed):
         return make()
     key = (id(source), what)
     known = _known.get(key)
     if known is None or known.source() is not source or known.version != source._version:
+        if capturing:  # what is made now lives in the graph
+            return make()
         known = _Known(weakref.ref(source, lambda _: _known.pop(key, None)), source._version, make())
         _known[key] = known
     made: T = known.made
     return made
 
 
+def _forget_stepped(optimizer: Optimizer, *_: Any) -> None:
+    """Fused optimisers write without moving the version counter."""
+    if _known:
+        written = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for key in [key for key in _known if key[0] in written]:
+            _known.pop(key, None)
+
+
+register_optimizer_step_post_hook(_forget_stepped)
+
+
 def arranged(
     buffers: Mapping[str, Tensor], reads: Collection[str], dtype: TableDtype, table: PackedTable | None = None
 ) -> Mapping[str, Tensor]:
-    """``buffers`` with the table in those of its forms (``table``, ``words``, ``rows``) that will be read.
+    """``buffers`` with the table in those of its forms that will be read: see `lmkan_gen.plan.LaunchPlan`.
 
     Args:
         buffers: tensors by the names of `lmkan_gen.plan.LaunchPlan`; ``table`` is among them unless packed.
@@ -220,4 +283,12 @@ def arranged(
         forms |= (table or packed(buffers["table"], dtype)).buffers()
     if "table" in reads and "table" not in buffers and table is not None:
         forms["table"] = unpack(table)
+    for name in reads:
+        if layout := _STAGES.fullmatch(name):
+            known = {**buffers, **forms}
+            if dtype is not TableDtype.FLOAT32 and "words" not in known:
+                known |= (table or packed(buffers["table"], dtype)).buffers()
+            source = known["table" if dtype is TableDtype.FLOAT32 else "words"]
+            fixed = table is not None or "words" in buffers
+            forms[name] = stages(source, known.get("scales"), int(layout[1]), int(layout[2]), fixed)
     return {**buffers, **forms} if forms else buffers

@@ -91,6 +91,11 @@ class LayerShape:
         return f"{self.inputs},{self.outputs},{self.grids},{self.batch}"
 
 
+def packs_once(operation: Operation, table: TableDtype) -> bool:
+    """Whether it is usual that the table stays as it is from call to call: inference with narrow ones."""
+    return operation is Operation.FORWARD and table is not TableDtype.FLOAT32
+
+
 @dataclass(frozen=True)
 class Problem:
     """An operation on a shape on a device: all that a kernel family needs to know to answer.

@@ -69,7 +69,8 @@ class Choice:
         parameters: the family's parameters (empty for the reference).
         tier: how well the choice is founded.
         source: the tuning file it came from, or words.
-        time_us: median time in microseconds from the tuning file; None unless the tier is exact.
+        time_us: median time in microseconds from the tuning file; None unless the tier is exact, or where
+            deterministic algorithms are asked for, which were not measured.
         tuned_for: the shape that the parameters were measured on; None when they were not.
         cost: measured picoseconds per function evaluation there; compares choices that were tuned
             for one shape. None when not measured.
@@ -174,7 +175,8 @@ def tuned_choices(problem: Problem) -> Iterator[Choice]:
             entry.parameters,
             tier,
             str(found.source.path),
-            time_us=entry.time_us.median if tier is Tier.EXACT else None,
+            # with a fixed order of sums it takes longer
+            time_us=entry.time_us.median if tier is Tier.EXACT and not problem.deterministic else None,
             tuned_for=entry.shape.layer,
             stale=found.same_device
             and is_stale(entry, replace(problem, shape=entry.shape.layer, strided=False)),

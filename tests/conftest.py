@@ -46,3 +46,9 @@ def _seed_by_name(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where CUDA kernels that are compiled for the CPU are kept."""
+    return tmp_path_factory.mktemp("emulation")

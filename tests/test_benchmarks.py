@@ -33,7 +33,11 @@ EMPTY = (
         for table in ("float16", "int8")
         for what in ("us", "iqr_us", "family", "parameters", "of_ceiling")
     ),
-    *(f"backward_float16_{what}" for what in ("us", "iqr_us", "family", "parameters")),
+    *(
+        f"backward_{variant}_{what}"
+        for variant in ("float16", "deterministic")
+        for what in ("us", "iqr_us", "family", "parameters")
+    ),
 )
 
 

@@ -80,15 +80,18 @@ def test_warps_of_sorted_gradients_cover_rows_exactly(outputs: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize(("operation", "family", "table"), FAMILIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
 def test_random_parameters(
-    operation: Operation, family: Family, table: TableDtype, shape: LayerShape
+    operation: Operation, family: Family, table: TableDtype, shape: LayerShape, deterministic: bool
 ) -> None:
     from lmkan_gen.launch import cuda
 
     device = torch.device("cuda", 0)
-    problem = Problem(operation, shape, devices.cuda(0), table, constant=True)
+    problem = Problem(operation, shape, devices.cuda(0), table, deterministic, constant=True)
     feasible = [c for c in family.candidates(problem) if not family.violations(problem, c)]
     chosen = Random(f"{operation} {table} {shape}").sample(feasible, min(CANDIDATES, len(feasible)))
+    if deterministic and not chosen:
+        pytest.skip("no fixed order")
     assert chosen
     toolchain.build([family.spec(problem, c) for c in chosen])
     case = make_case(operation, shape, device, 2.0, 64, table)

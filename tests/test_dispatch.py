@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmkan_gen import device, dispatch, knots, launch, reference
+from lmkan_gen import device, dispatch, knots, launch, reference, set_workspace_limit
 from lmkan_gen.families import Demand
 from lmkan_gen.plan import KernelSpec, LaunchPlan
 from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem
@@ -237,3 +237,34 @@ def test_workspace_that_is_none(monkeypatch: pytest.MonkeyPatch, text: str) -> N
     monkeypatch.setenv(dispatch.WORKSPACE_VARIABLE, text)
     with pytest.raises(ValueError, match=r"LMKAN_GEN_WORKSPACE is .*, must be a positive number of MiB"):
         dispatch.explain(Operation.FORWARD, SHAPE, CPU)
+
+
+@pytest.fixture
+def unlimited() -> Iterator[None]:
+    yield
+    dispatch.set_workspace_limit(None)
+
+
+def test_workspace_as_an_argument(
+    launcher: FakeLauncher, unlimited: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It outranks the environment, also for shapes that kernels were prepared for before."""
+    monkeypatch.setenv(dispatch.WORKSPACE_VARIABLE, "64")
+    for mebibytes in (None, 8, None, 8):
+        set_workspace_limit(mebibytes)
+        assert dispatch.workspace_limit() == (mebibytes or 64) << 20
+        run()
+    assert [p.workspace >> 20 for p in FakeLauncher.planned] == [64, 8]
+
+
+@pytest.mark.parametrize("bad", [0, -5])
+def test_workspace_below_one(unlimited: None, bad: int) -> None:
+    with pytest.raises(ValueError, match=f"mebibytes is {bad}, must be a positive number of MiB such as 256"):
+        set_workspace_limit(bad)
+    assert dispatch.workspace_limit() == 256 << 20
+
+
+@pytest.mark.parametrize("bad", [1.5, "64", True])
+def test_workspace_that_is_no_integer(unlimited: None, bad: object) -> None:
+    with pytest.raises(TypeError, match="mebibytes must be an integer or None"):
+        set_workspace_limit(bad)  # type: ignore[arg-type]

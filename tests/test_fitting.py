@@ -63,10 +63,18 @@ def test_four_phases() -> None:
     assert (weight[:31] == 1).all()  # I and II
     ratio = (weight[31:61] / weight[30:60]).log10()
     torch.testing.assert_close(ratio, torch.full((30,), -6 / 30).double())
-    assert (weight[61:] == 0).all()  # IV
+    assert (weight[61:] == 1e-6).all()  # IV
     assert (rate[:81] == 2e-3).all()
     expected = 1e-3 * (1 + torch.cos(torch.pi * torch.arange(1, 21).double() / 20))
     torch.testing.assert_close(rate[81:], expected)
+
+
+def test_a_hundredth_of_the_regularisation_stays() -> None:
+    model = LMKANMLP((4, 3, 1), precondition="relu_first")
+    schedule = FittingSchedule.four_phase(model, steps=1000, hessian=0.5)
+    assert schedule.at(60).hessian == 0.5
+    assert schedule.at(360).hessian == pytest.approx(5e-3)
+    assert schedule.at(361).hessian == schedule.at(1000).hessian == 5e-3
 
 
 def test_learning_rates_are_factors_on_each_group() -> None:
@@ -84,11 +92,11 @@ def test_without_an_optimizer_learning_rates_are_left_to_other_schedulers() -> N
     optimizer = torch.optim.Adam(model.parameters(), lr=1.0)
     other = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     schedule = FittingSchedule.four_phase(model, steps=100)
-    for _ in range(8):
+    for _ in range(4):
         optimizer.step()
         schedule.step()
         other.step()
-    assert optimizer.param_groups[0]["lr"] == 0.5**8
+    assert optimizer.param_groups[0]["lr"] == 0.5**4
     assert 0 < model.blocks[0].lmkan.gamma.item() < 0.3  # type: ignore[union-attr, operator]
 
 

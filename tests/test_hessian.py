@@ -18,8 +18,8 @@ from lmkan_gen import device as devices
 from lmkan_gen import knots, toolchain
 from lmkan_gen.device import Device
 from lmkan_gen.families import families, hessian_marching, hessian_strips
+from lmkan_gen.families.base import Parameters
 from lmkan_gen.launch import cpu
-from lmkan_gen.plan import Constant
 from lmkan_gen.problem import LayerShape, Operation, Problem
 from tests import emulation, truth
 
@@ -118,9 +118,16 @@ def test_cpu_kernel_does_not_depend_on_threads(operation: Operation) -> None:
 # --- CUDA, run on a CPU ---------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("emulation")
+def prepared_in_emulation(problem: Problem, parameters: Parameters, emulated: Path) -> Run:
+    family = hessian_marching.FAMILY
+    family.check(problem.operation, parameters)
+    assert not family.violations(problem, parameters)
+    spec, plan = family.spec(problem, parameters), family.plan(problem, parameters)
+
+    def run(buffers: Mapping[str, Tensor]) -> None:
+        emulation.run(spec, plan, emulated, buffers)
+
+    return run
 
 
 #: pairs, outputs, grids, and a device so small or large that columns are marched in one go or in stretches
@@ -136,7 +143,7 @@ EMULATED = [
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize(("pairs", "outputs", "grids", "parameters", "multiprocessors"), EMULATED)
 def test_cuda_kernel_in_emulation(
-    directory: Path,
+    emulated: Path,
     operation: Operation,
     pairs: int,
     outputs: int,
@@ -146,18 +153,17 @@ def test_cuda_kernel_in_emulation(
 ) -> None:
     shape = shape_of(pairs, outputs, grids)
     problem = Problem(operation, shape, gpu(multiprocessors))
-    run = emulation.prepare(hessian_marching.FAMILY, problem, parameters, directory)
+    run = prepared_in_emulation(problem, parameters, emulated)
     check(operation, run, table_of(shape))
 
 
-def test_stretches_are_as_good_as_whole_marches(directory: Path) -> None:
+def test_stretches_are_as_good_as_whole_marches(emulated: Path) -> None:
     """Where columns are cut has no influence, not even on rounding."""
     shape, parameters = shape_of(2, 9, 33), {"vector": 2, "warps": 4, "ahead": 4}
     problems = [Problem(Operation.GRAD_HESSIAN, shape, gpu(m)) for m in (1, 2, 132)]
     assert len({hessian_marching.FAMILY.plan(p, parameters) for p in problems}) > 1
     table = table_of(shape)
-    family = hessian_marching.FAMILY
-    runs = (emulation.prepare(family, p, parameters, directory) for p in problems)
+    runs = (prepared_in_emulation(p, parameters, emulated) for p in problems)
     whole, *cut = (result(Operation.GRAD_HESSIAN, run, table) for run in runs)
     for found in cut:
         assert torch.equal(found, whole)
@@ -166,7 +172,7 @@ def test_stretches_are_as_good_as_whole_marches(directory: Path) -> None:
 @pytest.mark.parametrize("kind", ["cpu", "emulation"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
-def test_what_is_not_finite_stays_where_its_stencils_reach(directory: Path, kind: str, bad: float) -> None:
+def test_what_is_not_finite_stays_where_its_stencils_reach(emulated: Path, kind: str, bad: float) -> None:
     shape = shape_of(1, 3, 7)
     for place in product((0, 1, 2, 4, 6, 7), repeat=2):
         table = table_of(shape)
@@ -176,8 +182,7 @@ def test_what_is_not_finite_stays_where_its_stencils_reach(directory: Path, kind
             run = prepared_on_cpu(Operation.GRAD_HESSIAN, shape)
         else:
             problem = Problem(Operation.GRAD_HESSIAN, shape, devices.target("sm_90"))
-            parameters: dict[str, Constant] = {"vector": 1, "warps": 8, "ahead": 0}
-            run = emulation.prepare(hessian_marching.FAMILY, problem, parameters, directory)
+            run = prepared_in_emulation(problem, {"vector": 1, "warps": 8, "ahead": 0}, emulated)
         found = result(Operation.GRAD_HESSIAN, run, table).view(table.shape)
         assert torch.equal(found.isfinite(), torch.from_numpy(expected).isfinite()), place
 

@@ -123,6 +123,19 @@ def test_packing_is_done_once_until_the_table_changes() -> None:
     assert torch.equal(packing.unpack(second), t.detach().half().float())
 
 
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {}])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_steps_of_optimizers_are_noticed(dtype: TableDtype, options: dict[str, bool]) -> None:
+    parameter, other = (torch.nn.Parameter(table()) for _ in range(2))
+    before, kept = packing.packed(parameter, dtype), packing.packed(other, dtype)
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.Adam([parameter], lr=0.1, **options).step()  # type: ignore[arg-type]
+    after = packing.packed(parameter, dtype)
+    assert not torch.equal(before.words, after.words)
+    assert torch.equal(after.words, packing.pack(parameter, dtype).words)
+    assert packing.packed(other, dtype) is kept
+
+
 def test_what_was_packed_goes_with_its_table() -> None:
     before = len(packing._known)
     t = table()

@@ -6,6 +6,7 @@ See the head of ``templates/cell_sorted.cu.j2`` for the idea and what bounds it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Stride, Workspace, strides
@@ -20,6 +21,11 @@ _RECORD_BYTES = 16
 _VALUE_BYTES = {TableDtype.FLOAT32: 4, TableDtype.FLOAT16: 2, TableDtype.BFLOAT16: 2}
 _REGISTERS = 65536
 _MAX_GRID = 65535  # blocks along the second and third axis
+#: of a walk's launch, per multiprocessor: four times what it holds
+_ENOUGH_WARPS = 64
+#: in a fixed order shorter segments would leave more bytes at their edges than is worth their number
+_LEAST_ORDERED_SEGMENT = 64
+_SEGMENTS = (32, 64, 128, 256, 512, 1024)
 
 
 class CellSorted(Family):
@@ -42,7 +48,7 @@ class CellSorted(Family):
         """
         return {
             "items": (1, 2, 4, 8, 16, 32),
-            "segment": (32, 64, 128, 256, 512, 1024),
+            "segment": _SEGMENTS,
             "vector": (1, 2, 4, 8),
             "unroll": (2, 4, 8),
             "blocks": (2, 3, 4, 5),
@@ -55,14 +61,31 @@ class CellSorted(Family):
     def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
         """See base class."""
         shape, device = problem.shape, problem.device
-        items, segment, vector, unroll, blocks = _values(parameters)
+        items, segment, vector, unroll, blocks = _values(problem, parameters)
         found = []
         if problem.table is TableDtype.BFLOAT16 and device.compute_capability < 80:
             found.append(
                 Violation("architecture", f"bfloat16 needs sm_80 or newer, {device.name} is {device.arch}")
             )
-        if problem.deterministic:
-            found.append(Violation("deterministic", "warps add to the same element in an order that varies"))
+        with_input = problem.operation is not Operation.GRAD_TABLE
+        with_table = problem.operation is not Operation.GRAD_INPUT
+        # two numbers may be added to zero in any order
+        if problem.deterministic and with_input and (beside := _out_blocks(problem, vector)) > 2:
+            found.append(
+                Violation(
+                    "deterministic",
+                    f"vector={vector} divides outputs among {beside} blocks, which add to the same element "
+                    "in an order that varies; at most 2 would do",
+                )
+            )
+        if _ordered(problem) and (need := _sort_memory(problem, items)) > device.shared_memory_per_block:
+            found.append(
+                Violation(
+                    "shared_memory",
+                    f"items={items} needs {need} bytes of shared memory to sort in a fixed order, "
+                    f"{device.name} has {device.shared_memory_per_block} per block",
+                )
+            )
         if shape.pairs > _MAX_GRID:
             found.append(Violation("grid", f"{shape.pairs} input pairs, at most {_MAX_GRID} fit a launch"))
         if items > 1 and _SORT_THREADS * items // 2 >= shape.batch:
@@ -71,11 +94,14 @@ class CellSorted(Family):
                     "wasted", f"items={items} sorts {_SORT_THREADS * items} samples, batch {shape.batch}"
                 )
             )
-        if items > 1 and (need := self._scratch(problem, items, vector)) > problem.workspace:
+        edges = _edge_bytes(problem, items, segment, vector)
+        need = _scratch(problem, items, vector) + edges
+        if need > problem.workspace and (items > 1 or edges):
             found.append(
                 Violation(
                     "workspace",
-                    f"items={items} needs {need} bytes of scratch memory, the limit is {problem.workspace}",
+                    f"items={items}, segment={segment} needs {need} bytes of scratch memory, "
+                    f"the limit is {problem.workspace}",
                 )
             )
         if vector > 1 and 16 * vector >= shape.outputs:
@@ -93,8 +119,6 @@ class CellSorted(Family):
                     f"{device.name} has {device.shared_memory_per_block} per block, {most} in all",
                 )
             )
-        with_input = problem.operation is not Operation.GRAD_TABLE
-        with_table = problem.operation is not Operation.GRAD_INPUT
         asked = 2 * unroll * _VALUE_BYTES[problem.table] / 4
         kept = (asked + 4 * with_table + 3 * with_input) * vector + 2 * unroll * with_input
         # addresses and weights; before sm_90 additions are single, each with an address of its own
@@ -111,19 +135,9 @@ class CellSorted(Family):
         return found
 
     @staticmethod
-    def _scratch(problem: Problem, items: int, vector: int) -> int:
-        """Bytes of one chunk's records and transposed gradients (packed tables come on top)."""
-        shape = problem.shape
-        return (
-            _SORT_THREADS
-            * items
-            * (_RECORD_BYTES * shape.pairs + _VALUE_BYTES[problem.table] * _padded(shape.outputs, vector))
-        )
-
-    @staticmethod
     def _shared_memory(problem: Problem, parameters: Parameters) -> int:
         """Bytes of a walking block: staged records, and for input gradients two numbers a sample and warp."""
-        _, segment, vector, _, _ = _values(parameters)
+        _, segment, vector, _, _ = _values(problem, parameters)
         warps = _warps(problem, vector)
         records = warps // _out_warps(problem, vector) * segment * _RECORD_BYTES
         return records + (problem.operation is not Operation.GRAD_TABLE) * warps * segment * 8
@@ -139,7 +153,8 @@ class CellSorted(Family):
             for items in sizes:
                 samples = min(shape.batch, items * _SORT_THREADS)
                 enough = [s for s in (512, 256, 128, 64) if runs * -(-samples // s) >= warps_wanted]
-                for segment in (*enough, 32):
+                # in a fixed order, short segments may need more scratch memory than there is
+                for segment in (*enough, 32, *(_SEGMENTS if _ordered(problem) else ())):
                     parameters = {
                         "items": items,
                         "segment": segment,
@@ -153,7 +168,7 @@ class CellSorted(Family):
 
     def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
         """See base class."""
-        items, segment, vector, unroll, blocks = _values(parameters)
+        items, segment, vector, unroll, blocks = _values(problem, parameters)
         out_warps = _out_warps(problem, vector)
         return KernelSpec.make(
             "cell_sorted.cu.j2",
@@ -173,25 +188,25 @@ class CellSorted(Family):
                 "table": str(problem.table),
                 "strided": int(not problem.is_plain),
                 "odd": problem.shape.inputs % 2,
+                "deterministic": int(_ordered(problem)),
             },
         )
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""
         shape, operation = problem.shape, problem.operation
-        items, segment, vector, _, _ = _values(parameters)
+        items, segment, vector, _, _ = _values(problem, parameters)
         with_table, with_input = operation is not Operation.GRAD_INPUT, operation is not Operation.GRAD_TABLE
+        ordered = _ordered(problem)
         chunk = _SORT_THREADS * items
         padded = _padded(shape.outputs, vector)
         out_warps, warps = _out_warps(problem, vector), _warps(problem, vector)
-        out_blocks = -(-padded // (_WARP * vector * out_warps))
+        out_blocks = _out_blocks(problem, vector)
         coefficients = padded * shape.knots * shape.pairs
         value_bytes = _VALUE_BYTES[problem.table]
         tiles = (shape.knots, -(-shape.outputs // 32), -(-shape.pairs // 32))
-        chunks = max(
-            1, min(problem.workspace // self._scratch(problem, items, vector), _MAX_GRID // shape.pairs)
-        )
-        slab = min(chunk * chunks, -(-shape.batch // chunk) * chunk)
+        division = _divide(problem, parameters)
+        slab = min(chunk * division.slab, -(-shape.batch // chunk) * chunk)
         workspaces = [
             Workspace("records", _RECORD_BYTES * shape.pairs * slab),
             Workspace("rows", value_bytes * padded * (min(slab, shape.batch) + 1)),
@@ -199,8 +214,12 @@ class CellSorted(Family):
         steps: list[Fill | Launch] = []
         sizes = (shape.pairs, shape.outputs, padded)
         if with_table:
-            workspaces.append(Workspace("sums", 4 * coefficients))
+            workspaces.append(Workspace("sums", 4 * coefficients * division.copies * division.planes))
             steps.append(Fill("sums"))
+        if ordered:
+            together = min(division.together, -(-shape.batch // chunk))
+            edges = _edge_bytes(problem, items, segment, vector) * together
+            workspaces.append(Workspace("edges", edges))
         if with_input:
             workspaces.append(Workspace("packed", value_bytes * coefficients))
             # all of the padded outputs are read, so all of them are written
@@ -209,7 +228,6 @@ class CellSorted(Family):
             if out_blocks > 1:
                 steps.append(Fill("grad_x"))
         batch = (shape.batch,) if problem.is_plain else ()
-        buckets = (shape.knots >> _shift(shape.knots)) + 1
         samples_per_block = segment * (warps // out_warps)
         for first in range(0, shape.batch, slab):
             count = min(slab, shape.batch - first)
@@ -228,32 +246,141 @@ class CellSorted(Family):
                     ("x", "borders", "records", *(batch or strides("x")), first, count),
                     (shape.pairs, chunks, 1),
                     _SORT_THREADS,
-                    4 * (buckets + shape.grids + 1),
+                    _sort_memory(problem, items),
                 )
             )
-            arguments: list[str | int | Stride] = ["records", "rows"]
-            if with_input:
-                arguments += ["packed", "borders", "grad_x", *(batch or strides("grad_x")), first]
-            if with_table:
-                arguments += ["sums"]
-            steps.append(
-                Launch(
-                    f"lmkan_{operation}_walk",
-                    (*arguments, padded, count, shape.pairs),
-                    (-(-min(chunk, count) // samples_per_block), out_blocks, shape.pairs * chunks),
-                    _WARP * warps,
-                    self._shared_memory(problem, parameters),
+            for skipped in range(0, chunks, division.together):
+                walked = min(division.together, chunks - skipped)
+                arguments: list[str | int | Stride] = ["records", "rows"]
+                if with_input:
+                    arguments += ["packed", "borders", "grad_x", *(batch or strides("grad_x")), first]
+                if with_table:
+                    arguments += ["sums"]
+                copy = 0 if division.planes > 1 else first // chunk + skipped
+                upper = (shape.grids + 1) * padded + (division.planes - 1) * coefficients
+                where = (
+                    skipped,
+                    copy,
+                    division.planes * coefficients,
+                    upper,
+                    _edges(problem, items, segment),
                 )
-            )
+                if ordered:
+                    arguments += ["edges", *where]
+                steps.append(
+                    Launch(
+                        f"lmkan_{operation}_walk",
+                        (*arguments, padded, count, shape.pairs),
+                        (-(-min(chunk, count) // samples_per_block), out_blocks, shape.pairs * walked),
+                        _WARP * warps,
+                        self._shared_memory(problem, parameters),
+                    )
+                )
+                if ordered and edges:
+                    steps.append(
+                        Launch(
+                            "lmkan_add_edges",
+                            ("records", "edges", "sums", *where, padded, count),
+                            (-(-padded // 128), shape.pairs, walked),
+                            128,
+                        )
+                    )
         if with_table:
-            steps.append(Launch("lmkan_unpack_table", ("sums", "grad_table", *sizes), tiles, 256))
+            copies = (division.copies * division.planes,) if ordered else ()
+            steps.append(Launch("lmkan_unpack_table", ("sums", "grad_table", *sizes, *copies), tiles, 256))
         return LaunchPlan(tuple(workspaces), tuple(steps))
 
 
-def _values(parameters: Parameters) -> tuple[int, int, int, int, int]:
+@dataclass(frozen=True)
+class _Division:
+    """How chunks follow each other.
+
+    Attributes:
+        slab: chunks that are sorted by one launch, and need scratch memory at the same time.
+        together: chunks that are walked by one launch.
+        copies: of the sums. Several only in a fixed order, where chunks of one launch have one each.
+        planes: 2 where lower and upper corners have sums of their own, else 1.
+    """
+
+    slab: int
+    together: int
+    copies: int = 1
+    planes: int = 1
+
+
+def _divide(problem: Problem, parameters: Parameters) -> _Division:
+    """As many chunks at a time as the workspace holds; in a fixed order, copies of the sums in it as well."""
+    shape, limit = problem.shape, problem.workspace
+    items, segment, vector, _, _ = _values(problem, parameters)
+    most = max(1, _MAX_GRID // shape.pairs)
+    scratch = _scratch(problem, items, vector)
+    if not _ordered(problem):
+        slab = max(1, min(limit // scratch, most))
+        return _Division(slab, slab)
+    padded = _padded(shape.outputs, vector)
+    sums, edges = 4 * padded * shape.knots * shape.pairs, _edge_bytes(problem, items, segment, vector)
+    chunks = -(-shape.batch // (_SORT_THREADS * items))
+    # of one chunk; a launch should have enough of them for its last ones not to matter
+    warps = shape.pairs * (_edges(problem, items, segment) + 1) * (padded // (_WARP * vector))
+    enough = _ENOUGH_WARPS * problem.device.multiprocessors
+    # two copies, or planes, are allowed for: they are needed where there are several chunks
+    beside = max(0, chunks - 2) * sums
+    if chunks <= 2 or (chunks * warps <= 2 * enough and beside + scratch + edges <= limit):
+        slab = max(1, min((limit - beside) // (scratch + edges), most))
+        return _Division(slab, slab, copies=chunks)
+    together = max(1, min(enough // warps, most))
+    while together > 1 and 2 * (together - 1) * sums + together * (scratch + edges) > limit:
+        together -= 1
+    left = limit - 2 * (together - 1) * sums - together * edges
+    slab = max(1, min(left // scratch, most) // together) * together
+    return _Division(slab, together, copies=together, planes=2)
+
+
+def _ordered(problem: Problem) -> bool:
+    """Whether sums over samples need a fixed order. Input gradients have none of those."""
+    return problem.deterministic and problem.operation is not Operation.GRAD_INPUT
+
+
+def _edges(problem: Problem, items: int, segment: int) -> int:
+    """Segments of a chunk that have another one before them."""
+    return -(-min(problem.shape.batch, _SORT_THREADS * items) // segment) - 1
+
+
+def _edge_bytes(problem: Problem, items: int, segment: int, vector: int) -> int:
+    """Bytes of a chunk's edges: sums of four corners for each; none where no order is asked for."""
+    if not _ordered(problem):
+        return 0
+    shape = problem.shape
+    return 16 * _padded(shape.outputs, vector) * shape.pairs * _edges(problem, items, segment)
+
+
+def _sort_memory(problem: Problem, items: int) -> int:
+    """Bytes of dynamic shared memory of a sorting block."""
+    grids, knots = problem.shape.grids, problem.shape.knots
+    if not _ordered(problem):
+        return 4 * ((knots >> _shift(knots)) + 1 + grids + 1)
+    counts = _SORT_THREADS // _WARP * (grids | 1)
+    # beside the counts: totals, knots, and two 16-bit numbers a sample
+    return 4 * (counts + grids + grids + 1 + _SORT_THREADS * items)
+
+
+def _scratch(problem: Problem, items: int, vector: int) -> int:
+    """Bytes of one chunk's records and transposed gradients (packed tables come on top)."""
+    shape = problem.shape
+    return (
+        _SORT_THREADS
+        * items
+        * (_RECORD_BYTES * shape.pairs + _VALUE_BYTES[problem.table] * _padded(shape.outputs, vector))
+    )
+
+
+def _values(problem: Problem, parameters: Parameters) -> tuple[int, int, int, int, int]:
+    """Items, segment, vector, unroll, blocks."""
     items, segment, vector, unroll, blocks = (
         int(parameters[k]) for k in ("items", "segment", "vector", "unroll", "blocks")
     )
+    if _ordered(problem):
+        segment = max(segment, _LEAST_ORDERED_SEGMENT)
     return items, segment, vector, unroll, blocks
 
 
@@ -261,6 +388,11 @@ def _out_warps(problem: Problem, vector: int) -> int:
     """Warps of a block that stand side by side along the outputs; blocks of them make up a padded row."""
     warps = _padded(problem.shape.outputs, vector) // (_WARP * vector)
     return warps // -(-warps // _BLOCK_WARPS)
+
+
+def _out_blocks(problem: Problem, vector: int) -> int:
+    """Blocks that stand side by side along the outputs."""
+    return -(-_padded(problem.shape.outputs, vector) // (_WARP * vector * _out_warps(problem, vector)))
 
 
 def _warps(problem: Problem, vector: int) -> int:

@@ -371,8 +371,7 @@ class TileStationary(Family):
             workspaces.append(Workspace(source, 8 * pairs * _WARP * (jobs + spare)))
             blocks = min(-(-(jobs + spare) // 8), 16 * problem.device.multiprocessors)
             marks = ("far",) if problem.table is TableDtype.INT8 else ()
-            workspaces.extend(Workspace(name, shape.batch) for name in marks)
-            steps.extend(Fill(name) for name in marks)
+            workspaces.extend(Workspace(name, 4 * jobs) for name in marks)
             arguments = ("x", "borders", source, *marks, shape.batch, shape.pairs, *layout)
             steps.append(Launch("lmkan_coordinates", arguments, (blocks, 1, 1), 256))
         zeroed = {

@@ -162,17 +162,21 @@ class FittingSchedule:
         optimizer: Optimizer | None = None,
         steps: int = 500,
         *,
-        fractions: tuple[float, float, float] = (0.05, 0.1, 0.35),
-        cooldown_fraction: float = 0.25,
+        fractions: tuple[float, float, float] = (0.01, 0.05, 0.3),
+        cooldown_fraction: float = 0.5,
         gamma: float = 0.3,
         hessian: float = 1.0,
-        hessian_end: float = 1e-8,
+        hessian_end: float | None = None,
     ) -> FittingSchedule:
         """The phases of the paper (appendix E), for models with preconditioned layers.
 
         I: ``gamma`` is 0, the linear paths learn. II: ``gamma`` grows linearly under strong
-        regularisation. III: the regularisation decays exponentially. IV: main fit without it, at the end
-        of which the learning rate decays along a cosine.
+        regularisation. III: the regularisation decays exponentially. IV: main fit, at the end of which
+        the learning rate decays along a cosine.
+
+        In phase IV the paper has no regularisation. Here a little of it stays: without, coefficients follow
+        the noise of the batches, unless there are far more samples than coefficients (measured in
+        ``docs/results.md``).
 
         Args:
             model: see the class.
@@ -182,7 +186,7 @@ class FittingSchedule:
             cooldown_fraction: part of ``steps`` in which the learning rate decays.
             gamma: final weight of the lmKAN.
             hessian: weight of the regularisation up to the end of phase II.
-            hessian_end: weight at the end of phase III.
+            hessian_end: weight from the end of phase III on; by default a hundredth of ``hessian``.
 
         Raises:
             ValueError: the fractions leave nothing for phase IV, or ``model`` has no preconditioned layer.
@@ -198,13 +202,14 @@ class FittingSchedule:
             )
         warmup, ramp, decay = (round(f * steps) for f in fractions)
         cooldown = round(cooldown_fraction * steps)
-        strong, final = Curve(hessian), Curve(gamma)
+        weak = hessian / 100 if hessian_end is None else hessian_end
+        strong, final, kept = Curve(hessian), Curve(gamma), Curve(weak)
         phases = (
             Phase("I", warmup, hessian=strong, gamma=Curve(0)),
             Phase("II", ramp, hessian=strong, gamma=Curve(0, gamma)),
-            Phase("III", decay, hessian=Curve(hessian, hessian_end, "exponential"), gamma=final),
-            Phase("IV", steps - warmup - ramp - decay - cooldown, gamma=final),
-            Phase("IV, cooldown", cooldown, Curve(1, 0, "cosine"), gamma=final),
+            Phase("III", decay, hessian=Curve(hessian, weak, "exponential"), gamma=final),
+            Phase("IV", steps - warmup - ramp - decay - cooldown, hessian=kept, gamma=final),
+            Phase("IV, cooldown", cooldown, Curve(1, 0, "cosine"), kept, final),
         )
         return cls(phases, model, optimizer)
 

@@ -39,13 +39,13 @@ def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Runner:
 
     def run(buffers: Mapping[str, torch.Tensor]) -> None:
         with torch.cuda.device(index):
-            scratch = {
-                w.name: torch.empty(w.bytes, dtype=torch.uint8, device=target) for w in plan.workspaces
-            }
+            # no tensors: those are filled where deterministic algorithms are asked for
+            scratch = {w.name: torch.UntypedStorage(w.bytes, device=target) for w in plan.workspaces}
             values: dict[str | Stride, int] = {name: tensor.data_ptr() for name, tensor in buffers.items()}
-            values.update((name, tensor.data_ptr()) for name, tensor in scratch.items())
+            values.update((name, storage.data_ptr()) for name, storage in scratch.items())
             values.update((s, buffers[s.buffer].stride(s.axis)) for s in strides)
-            sizes = {name: tensor.nbytes for name, tensor in (*buffers.items(), *scratch.items())}
+            sizes = {name: tensor.nbytes for name, tensor in buffers.items()}
+            sizes |= {w.name: w.bytes for w in plan.workspaces}
             stream = torch.cuda.current_stream(index).cuda_stream
             with lock:  # argument memory is shared between calls
                 for step in steps:

@@ -1,0 +1,311 @@
+"""Output-stationary CUDA kernels: sums stay in registers, tables stream through shared memory.
+
+See the head of ``templates/output_stationary.cu.j2`` for the idea and what bounds it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import product
+
+from lmkan_gen.families.base import Family, Parameters, Violation
+from lmkan_gen.packing import SCALE_PAIRS, stages_name
+from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
+from lmkan_gen.problem import Operation, Problem, TableDtype
+
+_WARP = 32
+_REGISTERS = 65536
+_MAX_GRID = 65535  # blocks along the second axis
+#: measured on an H200; only their ratios matter
+_CYCLES_PER_US, _COPY_RATE, _LAUNCH_US = 1900.0, 4.0e6, 2.0
+_LATENCY_CYCLES = 800.0  # of the level-2 cache under load: what is asked for should be used no sooner
+
+
+class OutputStationary(Family):
+    """Sums in registers, tables streamed past them by bulk copies; Hopper and later."""
+
+    name = "output_stationary"
+    device_kind = "cuda"
+    operations = frozenset({Operation.FORWARD, Operation.GRAD_INPUT})
+    idea = "sums of a tile of samples x outputs in registers, tables streamed through shared memory"
+
+    def computes(self, operation: Operation, table: TableDtype) -> bool:
+        """See base class."""
+        return operation in self.operations and (
+            operation is Operation.FORWARD or table is not TableDtype.INT8
+        )
+
+    def space(self, operation: Operation) -> Mapping[str, tuple[Constant, ...]]:
+        """See base class.
+
+        A stage holds the tables of ``pairs`` pairs and ``outs`` outputs; a lane sums over pairs (forward) or
+        outputs for ``samples`` samples. Loads of coordinates run ``ahead`` by so many pairs.
+        """
+        space: dict[str, tuple[Constant, ...]] = {
+            "pairs": (2, 4, 8, 16),
+            "outs": (4, 8, 16, 32),
+            "samples": (1, 2, 3, 4, 6, 8),
+            "threads": (64, 128, 256, 384, 512, 768),
+            "stages": (2, 3, 4),
+            "blocks": (1, 2, 4, 8),
+        }
+        return space | {"ahead": (2, 4, 8)} if operation is Operation.FORWARD else space
+
+    def shared_memory(self, problem: Problem, parameters: Parameters) -> int:
+        """Bytes of dynamic shared memory of one block."""
+        pairs, outs, _, _, stages, _ = _values(parameters)
+        return stages * _stage_bytes(problem, pairs, outs)
+
+    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        """See base class."""
+        shape, device = problem.shape, problem.device
+        pairs, outs, samples, threads, stages, ahead = _values(parameters)
+        found = []
+        if device.compute_capability < 90:
+            found.append(
+                Violation("architecture", f"bulk copies need sm_90 or newer, {device.name} is {device.arch}")
+            )
+        words = outs // _pack(problem)
+        if pairs * words % _WARP:
+            found.append(
+                Violation(
+                    "tile",
+                    f"a row of {pairs} pairs x {words} words is no multiple of the {_WARP} banks",
+                )
+            )
+        blocks = int(parameters["blocks"])
+        need, most = self.shared_memory(problem, parameters), device.shared_memory_per_multiprocessor
+        # 1 KiB of each block's own, and the driver's share
+        if need + 1024 > device.shared_memory_per_block or blocks * (need + 2048) > most:
+            found.append(
+                Violation(
+                    "shared_memory",
+                    f"num_grids={shape.grids}: {stages} stages of {pairs} pairs x {outs} outputs need {need} "
+                    f"bytes of shared memory, {blocks} times, {device.name} has "
+                    f"{device.shared_memory_per_block} per block, {most} in all",
+                )
+            )
+        if ahead > pairs:
+            found.append(Violation("wasted", f"ahead={ahead} is more than a stage's {pairs} pairs"))
+        if problem.table is TableDtype.INT8 and pairs > SCALE_PAIRS:
+            found.append(Violation("table", f"int8 scales are those of {SCALE_PAIRS} pairs, not {pairs}"))
+        needed = self._registers(problem, parameters)
+        if needed > (limit := _register_limit(parameters)):
+            found.append(
+                Violation(
+                    "registers",
+                    f"{blocks} x {threads} threads have {limit} registers each, {samples} samples x {outs} "
+                    f"outputs need about {needed}",
+                )
+            )
+        if -(-shape.outputs // outs) > _MAX_GRID:
+            found.append(Violation("grid", f"more than {_MAX_GRID} tiles of outputs"))
+        return found
+
+    def wasted(self, problem: Problem, parameters: Parameters) -> bool:
+        """See base class."""
+        shape = problem.shape
+        pairs, outs, samples, threads, _, _ = _values(parameters)
+        return outs >= 2 * shape.outputs or pairs >= 2 * shape.pairs or (samples - 1) * threads >= shape.batch
+
+    @staticmethod
+    def _together(problem: Problem, tiles: int, groups: int, table_bytes: int) -> int:
+        """Tiles that blocks work at together, such that device memory is read the least.
+
+        With ``n`` blocks at ``t`` of all tiles the table is read ``groups * t / n`` times; what belongs to
+        samples, coordinates or gradients, ``tiles / t`` times.
+        """
+        shape, blocks = problem.shape, problem.device.multiprocessors
+        of_samples = shape.batch * (
+            8 * shape.pairs if problem.operation is Operation.FORWARD else 4 * shape.outputs
+        )
+        best = math.sqrt(of_samples * tiles * blocks / (table_bytes * groups))
+        return max(1, min(tiles, round(best)))
+
+    @staticmethod
+    def _registers(problem: Problem, parameters: Parameters) -> int:
+        """What a lane keeps: sums, coordinates asked for and at hand, addresses and weights."""
+        pairs, outs, samples, _, _, ahead = _values(parameters)
+        if problem.operation is Operation.GRAD_INPUT:
+            return 4 * samples * pairs + 2 * outs + 24
+        narrow = {TableDtype.FLOAT32: 0, TableDtype.INT8: 2 * outs}.get(problem.table, outs // 2)
+        return samples * outs + narrow + 4 * ahead + 24
+
+    @staticmethod
+    def _spare(problem: Problem) -> int:
+        """Registers by which what was never compiled has to stay below its limit."""
+        if problem.operation is Operation.GRAD_INPUT:
+            return 24 if problem.table is TableDtype.FLOAT32 else 32
+        return 16 if problem.table is TableDtype.FLOAT32 else 0
+
+    def preference(self, problem: Problem) -> float:
+        """Faster than tiles that stay, where there are samples enough for every multiprocessor."""
+        shape = problem.shape
+        width = shape.outputs if problem.operation is Operation.FORWARD else shape.pairs
+        enough = shape.batch * width >= 256 * _WARP * problem.device.multiprocessors
+        return 0.5 if enough else -0.5
+
+    def default(self, problem: Problem) -> Parameters | None:
+        """The cheapest candidate of a small set by `estimate`."""
+        best: tuple[float, dict[str, Constant]] | None = None
+        for parameters in self._default_candidates(problem):
+            if self.violations(problem, parameters) or self.wasted(problem, parameters):
+                continue
+            if self._registers(problem, parameters) + self._spare(problem) > _register_limit(parameters):
+                continue
+            cost = self.estimate(problem, parameters)
+            if best is None or cost < best[0]:
+                best = (cost, parameters)
+        return best[1] if best else None
+
+    @staticmethod
+    def _default_candidates(problem: Problem) -> Iterator[dict[str, Constant]]:
+        forward, is_float = problem.operation is Operation.FORWARD, problem.table is TableDtype.FLOAT32
+        tiles = product((2, 4, 8), (8, 16, 32) if forward else (4, 8, 16))
+        for (pairs, outs), samples, threads in product(tiles, (1, 2, 3, 4, 6, 8), (128, 256, 384, 512)):
+            parameters: dict[str, Constant] = {"pairs": pairs, "outs": outs, "samples": samples}
+            parameters |= {"threads": threads, "stages": 2, "blocks": 1}
+            yield parameters | {"ahead": min(pairs, 2 if is_float else 4)} if forward else parameters
+
+    def estimate(self, problem: Problem, parameters: Parameters) -> float:
+        """A rough time in microseconds; ranks candidates where nothing was tuned."""
+        shape, forward = problem.shape, problem.operation is Operation.FORWARD
+        pairs, outs, samples, threads, _, ahead = _values(parameters)
+        warps = threads // _WARP
+        reads = {TableDtype.FLOAT32: 4, TableDtype.INT8: 1}.get(problem.table, 2)
+        # of a warp for 32 samples and a stage: passes of the data path, and instructions
+        passes = reads * pairs * outs + (4 * pairs if forward else 2 * outs)
+        if forward:
+            each = {TableDtype.FLOAT32: 8.6, TableDtype.INT8: 3.5}.get(problem.table, 5.3)
+            instructions = pairs * (each * outs + 16) + 20
+            instructions += 2 * outs * (problem.table is TableDtype.INT8)
+            turn = warps * max(passes, instructions / 4) * ahead / pairs
+        else:
+            each = 10.5 if problem.table is TableDtype.FLOAT32 else 9.5
+            instructions = each * pairs * outs + 6 * outs + 30
+            turn = warps * max(passes, instructions / 4)
+        filling = _stage_bytes(problem, pairs, outs) / 128 / samples / warps
+        cycles = warps * max(passes + filling, instructions / 4)
+        cycles *= (1 + 8 / warps**2) * max(1.0, _LATENCY_CYCLES / turn)
+        # columns of samples of the busiest block
+        pair_tiles, out_tiles = -(-shape.pairs // pairs), -(-shape.outputs // outs)
+        tiles, summed = (out_tiles, pair_tiles) if forward else (pair_tiles, out_tiles)
+        columns = -(-shape.batch // threads) * tiles
+        columns = -(-columns // problem.device.multiprocessors)
+        time = columns * summed * cycles / _CYCLES_PER_US
+        moved = 16 * shape.batch * shape.pairs
+        if not (forward and problem.constant):
+            moved += 2 * out_tiles * pair_tiles * _stage_bytes(problem, pairs, outs)
+        return time + moved / _COPY_RATE + 3 * _LAUNCH_US
+
+    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+        """See base class."""
+        shape = problem.shape
+        pairs, outs, samples, threads, stages, ahead = _values(parameters)
+        constants: dict[str, Constant] = {
+            "operation": str(problem.operation),
+            "grids": shape.grids,
+            "pairs": pairs,
+            "outs": outs,
+            "samples": samples,
+            "threads": threads,
+            "stages": stages,
+            "ahead": ahead,
+            "blocks": int(parameters["blocks"]),
+            "coordinates": "prepass",
+            "partial": int(bool(shape.inputs % (2 * pairs) or shape.outputs % outs)),
+            "strided": int(not problem.is_plain),
+            "odd": shape.inputs % 2,
+            "table": str(problem.table),
+            "scale_pairs": SCALE_PAIRS,
+        }
+        return KernelSpec.make("output_stationary.cu.j2", problem.device.arch, constants)
+
+    def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
+        """See base class."""
+        shape = problem.shape
+        pairs, outs, samples, threads, _, _ = _values(parameters)
+        units, warps = -(-shape.batch // _WARP), threads // _WARP
+        pair_tiles, out_tiles = -(-shape.pairs // pairs), -(-shape.outputs // outs)
+        jobs, spare = pair_tiles * units, samples * warps
+        words = outs // _pack(problem)
+        workspaces = [Workspace("coordinates", 8 * pairs * _WARP * (jobs + spare))]
+        far = ("far",) if problem.table is TableDtype.INT8 else ()
+        workspaces.extend(Workspace(name, 4 * jobs) for name in far)
+        steps = []
+        blocks = min(-(-(jobs + spare) // 8), 16 * problem.device.multiprocessors)
+        layout = () if problem.is_plain else strides("x")
+        coordinates = ("x", "borders", "coordinates", *far, shape.batch, shape.pairs, *layout)
+        steps.append(Launch("lmkan_coordinates", coordinates, (blocks, 1, 1), 256))
+        table = "table" if problem.table is TableDtype.FLOAT32 else "words"
+        scales = ("scales",) if problem.table is TableDtype.INT8 else ()
+        if problem.constant and problem.operation is Operation.FORWARD:
+            stages = stages_name(pairs, words)
+        else:
+            stages = "stages"
+            size = out_tiles * pair_tiles * _stage_bytes(problem, pairs, outs)
+            workspaces.append(Workspace(stages, size))
+            arguments = (table, *scales, stages, shape.pairs, -(-shape.outputs // _pack(problem)))
+            grid = (_rows(problem), out_tiles, 1)
+            steps.append(Launch("lmkan_arrange_table", arguments, grid, 256))
+        if problem.operation is Operation.FORWARD:
+            tiles, buffers = out_tiles, ["y"]
+        else:
+            tiles, buffers = pair_tiles, ["grad", "grad_x"]
+        groups = -(-shape.batch // (samples * threads))
+        table_bytes = out_tiles * pair_tiles * _stage_bytes(problem, pairs, outs)
+        together = self._together(problem, tiles, groups, table_bytes)
+        borders = () if problem.operation is Operation.FORWARD else ("borders",)
+        sizes = (shape.batch, shape.pairs, shape.outputs)
+        steps.append(
+            Launch(
+                f"lmkan_{problem.operation}",
+                ("coordinates", *borders, stages, *buffers, *sizes, together),
+                (
+                    min(
+                        problem.device.multiprocessors * int(parameters["blocks"]), -(-units // warps) * tiles
+                    ),
+                    1,
+                    1,
+                ),
+                threads,
+                self.shared_memory(problem, parameters),
+            )
+        )
+        if far:
+            blocks = min(-(-shape.batch // 256), 8 * problem.device.multiprocessors)
+            arguments = ("x", "borders", table, *scales, *far, "y", *sizes, *layout)
+            steps.append(Launch("lmkan_far_samples", arguments, (blocks, 1, 1), 256))
+        return LaunchPlan(tuple(workspaces), tuple(steps))
+
+
+def _values(parameters: Parameters) -> tuple[int, int, int, int, int, int]:
+    pairs, outs, samples, threads, stages, ahead = (
+        int(parameters.get(k, 1)) for k in ("pairs", "outs", "samples", "threads", "stages", "ahead")
+    )
+    return pairs, outs, samples, threads, stages, ahead
+
+
+def _register_limit(parameters: Parameters) -> int:
+    """Registers that launch bounds leave a thread, in allocation units of 8."""
+    return min(255, _REGISTERS // (int(parameters["threads"]) * int(parameters["blocks"])) // 8 * 8)
+
+
+def _pack(problem: Problem) -> int:
+    """Outputs whose values share a 32-bit word of the table."""
+    return 2 if problem.table in (TableDtype.FLOAT16, TableDtype.BFLOAT16) else 1
+
+
+def _rows(problem: Problem) -> int:
+    """Rows of words in a table: one per knot, or per cell where a word holds a cell's corners."""
+    return problem.shape.grids**2 if problem.table is TableDtype.INT8 else problem.shape.knots
+
+
+def _stage_bytes(problem: Problem, pairs: int, outs: int) -> int:
+    """Bytes of a stage: tables, and with int8 the scales of its outputs."""
+    scales = -(-outs // _WARP) * _WARP if problem.table is TableDtype.INT8 else 0
+    return 4 * (_rows(problem) * pairs * outs // _pack(problem) + scales)
+
+
+FAMILY = OutputStationary()

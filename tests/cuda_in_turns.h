@@ -1,0 +1,175 @@
+// Enough of CUDA to run kernels on a CPU, one block after the other, its threads taking turns at every barrier.
+// Shared memory is whatever a block leaves behind: as on a GPU, nobody may rely on its contents.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <ucontext.h>
+#include <vector>
+
+struct Index {
+    unsigned x, y, z;
+};
+struct float2 {
+    float x, y;
+};
+struct float4 {
+    float x, y, z, w;
+};
+struct uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+template <typename T> T __ldg(const T* address) {
+    if (reinterpret_cast<uintptr_t>(address) % sizeof(T)) __builtin_trap();  // a misaligned address
+    return *address;
+}
+
+using std::max;
+using std::min;
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __restrict__
+#define __align__(bytes) alignas(bytes)
+
+Index threadIdx, blockIdx, blockDim, gridDim;
+alignas(1024) unsigned char shared_memory[256 * 1024];  // what a launch asks for; its addresses are offsets
+inline unsigned __cvta_generic_to_shared(const void* address) {
+    return unsigned(static_cast<const unsigned char*>(address) - shared_memory);
+}
+
+struct Thread {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStack]};
+    bool done;
+    static constexpr size_t kStack = 1 << 17;
+};
+std::vector<Thread> threads_of_block;
+ucontext_t between_turns;
+inline void end_turn() { swapcontext(&threads_of_block[threadIdx.x].context, &between_turns); }
+
+// A thread that has returned is waited for no longer.
+struct Barrier {
+    unsigned expected, arrived = 0, passed = 0;
+    void wait() {
+        const unsigned before = passed;
+        ++arrived;
+        open();
+        while (passed == before) end_turn();
+    }
+    void leave() {
+        --expected;
+        open();
+    }
+    void open() {
+        if (arrived == expected) arrived = 0, ++passed;
+    }
+};
+struct Warp {
+    Barrier barrier{32};
+    uint64_t values[32];
+};
+Barrier block_barrier;
+std::vector<Warp> warps_of_block;
+
+inline void __syncthreads() { block_barrier.wait(); }
+bool any_vote;
+inline bool __syncthreads_or(int mine) {
+    any_vote |= mine != 0;
+    __syncthreads();
+    const bool any = any_vote;
+    __syncthreads();
+    any_vote = false;
+    __syncthreads();
+    return any;
+}
+inline void __syncwarp() { warps_of_block[threadIdx.x / 32].barrier.wait(); }
+template <typename T> T from_lane(T mine, int lane) {
+    Warp& warp = warps_of_block[threadIdx.x / 32];
+    std::memcpy(&warp.values[threadIdx.x % 32], &mine, sizeof mine);
+    warp.barrier.wait();
+    if (lane >= 0 && lane < 32) std::memcpy(&mine, &warp.values[lane], sizeof mine);
+    warp.barrier.wait();
+    return mine;
+}
+template <typename T> T __shfl_sync(unsigned, T mine, int lane) { return from_lane(mine, lane); }
+template <typename T> T __shfl_xor_sync(unsigned, T mine, int mask) { return from_lane(mine, int(threadIdx.x % 32) ^ mask); }
+template <typename T> T __shfl_up_sync(unsigned, T mine, int step) { return from_lane(mine, int(threadIdx.x % 32) - step); }
+
+inline unsigned __ballot_sync(unsigned, int set) {
+    unsigned bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= unsigned(from_lane(set, lane) != 0) << lane;
+    return bits;
+}
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+
+template <typename T> T atomicAdd(T* address, T value) { return std::atomic_ref<T>(*address).fetch_add(value); }
+
+inline int __float_as_int(float v) { int bits; std::memcpy(&bits, &v, 4); return bits; }
+inline unsigned __float_as_uint(float v) { return unsigned(__float_as_int(v)); }
+inline float __int_as_float(int v) { float value; std::memcpy(&value, &v, 4); return value; }
+inline float __uint_as_float(unsigned v) { return __int_as_float(int(v)); }
+inline int __float2int_rd(float v) { return v != v ? 0 : int(std::floor(std::clamp(v, -2147483648.0f, 2147483520.0f))); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline int __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    const uint64_t both = uint64_t(b) << 32 | a;
+    unsigned result = 0;
+    for (int k = 0; k < 4; ++k) result |= unsigned(both >> 8 * (selector >> 4 * k & 7) & 0xff) << 8 * k;
+    return int(result);
+}
+inline int dot2(int weights, int corners, int first, int sum) {  // two 16-bit weights, bytes from the first one on
+    for (int k = 0; k < 2; ++k) sum += int16_t(weights >> 16 * k) * int8_t(corners >> 8 * (first + k));
+    return sum;
+}
+
+// An argument of a launch: an address or a number, as the parameter wants it.
+struct Argument {
+    int64_t value;
+    template <typename T> operator T*() const { return reinterpret_cast<T*>(value); }
+    operator long long() const { return value; }
+};
+
+template <typename Kernel> const Kernel* running;
+template <typename Kernel> void run_thread() {
+    (*running<Kernel>)();
+    warps_of_block[threadIdx.x / 32].barrier.leave();
+    block_barrier.leave();
+    threads_of_block[threadIdx.x].done = true;
+    end_turn();
+}
+
+template <typename Kernel> void launch(const unsigned* grid, unsigned threads, const Kernel& kernel) {
+    blockDim = {threads, 1, 1};
+    gridDim = {grid[0], grid[1], grid[2]};
+    running<Kernel> = &kernel;
+    threads_of_block.resize(threads);
+    for (unsigned block = 0; block < grid[0] * grid[1] * grid[2]; ++block) {
+        blockIdx = {block % grid[0], block / grid[0] % grid[1], block / (grid[0] * grid[1])};
+        block_barrier = {threads};
+        warps_of_block.assign(threads / 32, Warp{});
+        for (Thread& thread : threads_of_block) {
+            getcontext(&thread.context);
+            thread.context.uc_stack.ss_sp = thread.stack.get();
+            thread.context.uc_stack.ss_size = Thread::kStack;
+            makecontext(&thread.context, run_thread<Kernel>, 0);
+            thread.done = false;
+        }
+        for (unsigned left = threads; left;) {
+            for (unsigned t = 0; t < threads; ++t) {
+                if (threads_of_block[t].done) continue;
+                threadIdx = {t, 0, 0};
+                swapcontext(&between_turns, &threads_of_block[t].context);
+                left -= threads_of_block[t].done;
+            }
+        }
+    }
+}
