@@ -110,6 +110,11 @@ inline unsigned __ballot_sync(unsigned, int set) {
     for (int lane = 0; lane < 32; ++lane) bits |= unsigned(from_lane(set, lane) != 0) << lane;
     return bits;
 }
+inline unsigned __reduce_or_sync(unsigned, unsigned mine) {
+    unsigned all = 0;
+    for (int lane = 0; lane < 32; ++lane) all |= from_lane(mine, lane);
+    return all;
+}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 
 template <typename T> T atomicAdd(T* address, T value) { return std::atomic_ref<T>(*address).fetch_add(value); }

@@ -26,7 +26,7 @@ from lmkan_gen.launch import cpu
 from lmkan_gen.nn import LMKANMLP, LMKANLinear
 from lmkan_gen.packing import pack, unpack
 from lmkan_gen.plan import Constant
-from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
+from lmkan_gen.problem import CALL_OPERATIONS, DEFAULT_WORKSPACE, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuner.verify import make_inputs
 from tests import layouts, turns
 
@@ -101,7 +101,7 @@ def test_cuda_kernel_in_emulation(
             table,
             deterministic=deterministic,
             constant=True,
-            workspace=1,
+            workspace=DEFAULT_WORKSPACE if deterministic else 1,  # 1: as many slabs as possible
             strided=layout != "batch_last",
         )
         run = turns.prepare(kind, problem, parameters, directory)
