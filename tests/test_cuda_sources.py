@@ -98,6 +98,8 @@ def select(arch: str) -> Selected:
                 *((s, False, False) for s in shapes),
                 (shapes[0], True, False),
                 (shapes[0], False, True),
+                (shapes[0], True, True),
+                (shapes[-1], True, False),
             )
             for shape, deterministic, strided in variants:
                 problem = Problem(
