@@ -205,7 +205,7 @@ class Methane(Task):
             self.samples.batches(self.preset.force_batch),
             progress(steps),
             lambda m, optimizer: FittingSchedule(
-                [Phase("forces", steps, Curve(1, 0, "cosine"))], m, optimizer
+                [Phase("forces", steps, Curve(1, 0, "cosine"), Curve(self.hessian / 100))], m, optimizer
             ),
             self.learning_rate / 5,
             self.graph,
