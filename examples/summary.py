@@ -115,7 +115,11 @@ def sentences(rows: Sequence[Result], arithmetic: str | None) -> list[str]:
     lines = []
     for word, chosen in (
         ("lmKAN is faster at equal error than", [v for v in found if (v.time_ratio or 0) > 1]),
-        ("lmKAN is slower at equal error than", [v for v in found if 0 < (v.time_ratio or 0) <= 1]),
+        ("lmKAN is slower at equal error than", [v for v in found if _slower(v) and not v.at_least]),
+        (
+            "the fastest lmKAN here is slower, but more accurate, than",
+            [v for v in found if _slower(v) and v.at_least],
+        ),
         ("no lmKAN here is as accurate as", [v for v in found if v.time_ratio is None]),
     ):
         if chosen:
@@ -128,8 +132,12 @@ def _name(verdict: Verdict, arithmetic: str | None) -> str:
     return f"MLP {verdict.mlp.width}" + ("" if arithmetic else f" ({verdict.mlp.arithmetic})")
 
 
+def _slower(verdict: Verdict) -> bool:
+    return verdict.time_ratio is not None and verdict.time_ratio <= 1
+
+
 def _ratio(verdict: Verdict) -> str:
-    if verdict.time_ratio is None:
+    if verdict.time_ratio is None or (verdict.at_least and _slower(verdict)):
         return ""
     return f" ({'at least ' if verdict.at_least else ''}{verdict.time_ratio:.2f}x)"
 

@@ -217,8 +217,8 @@ def packed(table: Tensor, dtype: TableDtype) -> PackedTable:
 
     Writing is noticed by the tensor's version counter, as autograd does, and steps of optimisers by
     themselves, since fused ones do not count. What is written through ``.data`` escapes both, and so do
-    replays of a CUDA graph. While a CUDA graph is captured packing is part of the graph, so that replays see
-    new values.
+    replays of a CUDA graph. While a CUDA graph is captured packing is part of the graph, so that replays
+    see new values.
 
     Raises:
         ValueError: as `pack`.

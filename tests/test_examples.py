@@ -117,7 +117,7 @@ def test_summary_interpolates_in_logarithms() -> None:
     assert (third.error, third.time_ratio) == (0.1, None)
     assert sentences(rows, "float32") == [
         "float32: lmKAN is faster at equal error than MLP 2 (4.00x)",
-        "float32: lmKAN is slower at equal error than MLP 1 (at least 0.50x)",
+        "float32: the fastest lmKAN here is slower, but more accurate, than MLP 1",
         "float32: no lmKAN here is as accurate as MLP 3",
     ]
 
@@ -169,24 +169,36 @@ def test_training_is_the_loop_that_it_seems_to_be(kind: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("forces", [False, True])
 @pytest.mark.parametrize("kind", ["mlp", "lmkan"])
-def test_replayed_steps_are_steps(kind: str) -> None:
-    found = []
+def test_replayed_steps_are_steps(kind: str, forces: bool) -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if not forces:
+            return mse_loss(call(model, x), y)
+        x = x.detach().requires_grad_()
+        found = call(model, x)
+        (slopes,) = torch.autograd.grad(found.sum(), x, create_graph=True)
+        return mse_loss(found, y) + slopes.square().mean()
+
+    x, y = (tensor.cuda() for tensor in next(batches(1)))
+    errors = []
     for graph in (False, True):
         torch.manual_seed(1)
         model: nn.Module = (mlp(4, 8, 2) if kind == "mlp" else lmkan(4, 8, 2, 8)).cuda()
+        untrained = loss(model.eval(), x, y).item()
         train(
             model.train(),
-            lambda x, y, model=model: mse_loss(call(model, x), y),
-            ((x.cuda(), y.cuda()) for x, y in batches(60)),
-            range(60),
-            paper_schedule(1e-2, 60),
+            lambda x, y, model=model: loss(model, x, y),
+            ((x.cuda(), y.cuda()) for x, y in batches(200)),
+            range(200),
+            paper_schedule(1e-2, 200),
             5e-3,
             graph,
         )
-        found.append(model.state_dict())
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(found[1][name], tensor, rtol=1e-2, atol=1e-3)
+        errors.append(loss(model.eval(), x, y).item())
+    assert errors[0] < 0.7 * untrained
+    # the order of sums differs, and Adam makes much of little
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
 
 
 def test_inputs_are_drawn_again_and_labels_kept(tmp_path: Path) -> None:

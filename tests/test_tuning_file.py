@@ -12,8 +12,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmkan_gen.families import families
-from lmkan_gen.problem import Operation
+from lmkan_gen import device as devices
+from lmkan_gen.device import target
+from lmkan_gen.families import families, family
+from lmkan_gen.problem import Operation, Problem
 from lmkan_gen.resources import resource_directory
 from lmkan_gen.tuning_file import SCHEMA_FILE, TuningFile, TuningFileError, dump, load, merge, save
 
@@ -216,3 +218,20 @@ def test_shipped_files_are_valid() -> None:
             continue
         assert path.suffix == ".yaml"
         assert load(path).entries, path
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in resource_directory("tuning").glob("*.yaml")))
+def test_what_ships_fits_its_device(name: str) -> None:
+    """An entry that a family refuses would never be used."""
+    file = load(resource_directory("tuning") / name)
+    chip = target("sm_90") if file.device.kind == "cuda" else devices.cpu()
+    refused = [
+        (entry.key, violations)
+        for entry in file.entries
+        if (
+            violations := family(entry.family).violations(
+                Problem(entry.operation, entry.shape.layer, chip, entry.dtypes.table), entry.parameters
+            )
+        )
+    ]
+    assert refused == []

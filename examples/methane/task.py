@@ -48,7 +48,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(4000, 400, 8, (8, 16), (16, 32, 64), 800, 256, 4096, (8,), (32,), 100, 128),
+    "quick": Preset(4000, 400, 8, (8, 16), (16, 32, 64), 1500, 256, 4096, (8,), (32,), 150, 128),
     "full": Preset(
         600_000,
         30_000,
@@ -205,7 +205,7 @@ class Methane(Task):
             self.samples.batches(self.preset.force_batch),
             progress(steps),
             lambda m, optimizer: FittingSchedule(
-                [Phase("forces", steps, Curve(1, 0, "cosine"))], m, optimizer
+                [Phase("forces", steps, Curve(1, 0, "cosine"), Curve(self.hessian / 100))], m, optimizer
             ),
             self.learning_rate / 5,
             self.graph,

@@ -281,7 +281,7 @@ class TileStationary(Family):
         """What a lane keeps for the whole of its sample, with addresses and weights; checked by compiling."""
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
         base = 2 * (_integer(parameters, "ahead", absent=1) - 1) + (
-            40 if _coordinates(parameters) == "prepass" else 60
+            40 if _coordinates(parameters) == "prepass" else 54
         )
         if problem.operation is Operation.FORWARD:
             # half: weights again, and sums of two steps; int8: scales, and integer sums

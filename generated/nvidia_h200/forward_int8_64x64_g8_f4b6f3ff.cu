@@ -4,7 +4,10 @@
 // share of the batch past them; each lane owns one sample. At step s lane l evaluates the function
 // whose index differs from s by l's low bits, so the 32 lanes of a warp always read 32 different words
 // of a row of tables, that is 32 different banks, whatever cells their samples fell into.
-// Moves: 16 bytes of shared memory per function evaluation (the bound), and per tile pass 4 bytes of
+// A word of tables holds the four corners of a cell in 8 bits each, in units of a scale that 8 input pairs
+// share per output; weights have 16 bits, so sums are exact integers. Inputs beyond +-6, whose weights would not
+// fit, are computed again in float32 afterwards.
+// Moves: 4 bytes of shared memory per function evaluation (the bound), and per tile pass 4 bytes of
 // y per sample and output plus the coordinates.
 // Work is cut into equal contiguous ranges of (tile, 32 samples), one per block: no tail wave; a range
 // owns its part of the result, so without splits the order of every sum is fixed.
@@ -74,29 +77,59 @@ __device__ __forceinline__ void permute_by_xor(float (&values)[N], int key) {
     }
 }
 
-constexpr int kPairs = 4;          // input pairs in the tile
+constexpr int kPairs = 8;          // input pairs in the tile
 constexpr int kOuts = 4;            // outputs in the tile
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kCopy = 4;            // floats per staging copy
 constexpr int kWarps = kThreads / 32;
 constexpr int kSpare = kWarps;         // units that loads run ahead
-constexpr int kAhead = 4;            // steps by which coordinates are asked for in advance
+constexpr int kAhead = 2;            // steps by which coordinates are asked for in advance
 constexpr int kPack = 1;             // outputs in a word of tables
 constexpr int kWords = kOuts / kPack;
-constexpr int kRows = kKnots;        // rows of tables: one per knot
+constexpr int kRows = kGrids * kGrids;        // rows of tables: one per cell
 constexpr int kRow = kWords * kPairs;        // words of a row
 constexpr int kLowest = kWords & -kWords;
 constexpr int kRotation = kLowest < 32 / kPairs ? kLowest : 32 / kPairs;
 constexpr int kSpan = kPack * kRotation;     // outputs among which lanes rotate
 static_assert(kOuts % kPack == 0 && kPairs <= 32 && kAhead <= kPairs);
 
-typedef float word_t;
+typedef int word_t;
 
 __device__ __forceinline__ word_t load_shared(unsigned address) {
     word_t value;
     // volatile: two passes read different tables at equal addresses
-    asm volatile("ld.shared.b32 %0, [%1];" : "=f"(value) : "r"(address));
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address));
     return value;
+}
+
+constexpr int kScalePairs = 8;
+constexpr float kWeightOne = 512.0f;         // of a weight: 16 bits hold -64 to 64, which inputs within kReach need
+constexpr float kReach = 6.0f;
+constexpr int kScaleGroups = kPairs > kScalePairs ? kPairs / kScalePairs : 1;  // in a tile
+static_assert(kScalePairs % kPairs == 0 || kScaleGroups <= 2 && kAhead <= kScalePairs);
+
+// A pair's coordinates as kernels want them: the cell and three of the weights, in 16 bits each. The fourth is what
+// is missing to kWeightOne.
+__device__ __forceinline__ float2 pack_coordinates(float v1, float v2) {
+    constexpr float offset = 12582912.0f;  // 1.5 * 2^23: rounds, and leaves an integer in the low 16 bits
+    float d1, d2;
+    const int i1 = split_coordinate(v1, d1), i2 = split_coordinate(v2, d2);
+    const float e1 = 1.0f - d1, e2 = 1.0f - d2;
+    const int w01 = __float_as_int(fmaf(kWeightOne * e1, d2, offset));
+    const int w10 = __float_as_int(fmaf(kWeightOne * d1, e2, offset));
+    const int w11 = __float_as_int(fmaf(kWeightOne * d1, d2, offset));
+    return make_float2(__int_as_float(__byte_perm(i1 * kGrids + i2, w11, 0x5410)),
+                       __int_as_float(__byte_perm(w01, w10, 0x5410)));
+}
+
+__device__ __forceinline__ int dot_lower(int weights, int corners, int sum) {
+    asm("dp2a.lo.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(weights), "r"(corners));
+    return sum;
+}
+
+__device__ __forceinline__ int dot_upper(int weights, int corners, int sum) {
+    asm("dp2a.hi.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(weights), "r"(corners));
+    return sum;
 }
 
 
@@ -164,11 +197,9 @@ struct Position {
 
 __device__ __forceinline__ Position locate(float2 v, const float* knots, int lane) {
     Position at;
-    const int i1 = cell_of_input(v.x), i2 = cell_of_input(v.y);
-    at.s1 = knots[(kSide + i1) * 32 + lane];
-    at.s2 = knots[(kSide + i2) * 32 + lane];
-    at.d1 = (v.x - knots[i1 * 32 + lane]) * at.s1;
-    at.d2 = (v.y - knots[i2 * 32 + lane]) * at.s2;
+    const int i1 = split_coordinate(v.x, at.d1), i2 = split_coordinate(v.y, at.d2);
+    at.s1 = 0.0f;
+    at.s2 = 0.0f;
     at.row = unsigned(i1 * kSide + i2) * (kRow * 4);
     return at;
 }
@@ -183,8 +214,6 @@ __device__ __forceinline__ Position locate(float2 v, const float* knots, int lan
         }                                                                     \
     }
 
-constexpr unsigned kRight = kRow * 4;            // one knot further along x2
-constexpr unsigned kUp = kSide * kRow * 4;       // one knot further along x1
 
 // Stage tables[row][words][pairs] out of table[row][words of O][P]; zeros beyond the layer's edges.
 __device__ __forceinline__ void load_tile(float* tile, const float* __restrict__ table, index_t first_word,
@@ -203,15 +232,53 @@ __device__ __forceinline__ void load_tile(float* tile, const float* __restrict__
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-
-// Knots and inverse spacings, one copy per lane: a lookup by 32 different cells never conflicts.
-__device__ __forceinline__ void load_knots(float* knots, const float* __restrict__ borders) {
-    for (int k = threadIdx.x; k < kSide * 32; k += kThreads) {
-        const int i = k / 32;
-        knots[k] = borders[i];
-        knots[kSide * 32 + k] = i < kGrids ? 1.0f / (borders[i + 1] - borders[i]) : 0.0f;
+// Pre-pass: centred coordinates, once per input instead of once per output tile, in the order in which
+// lanes will ask for them: [pair tile][32 samples][step][lane], pair = step ^ low bits of lane. Behind them stand
+// those of zeros for a block's lanes, which ask ahead, to read in vain.
+extern "C" __global__ void __launch_bounds__(256, 2)
+lmkan_coordinates(const float* __restrict__ x, const float* __restrict__ borders, float2* __restrict__ coordinates,
+                  unsigned* __restrict__ far, index_t batch, index_t pairs) {
+    __shared__ float knots[kSide];
+    for (int k = threadIdx.x; k < kSide; k += 256) knots[k] = borders[k];
+    __syncthreads();
+    const index_t units = (batch + 31) / 32;
+    const index_t tiles = (pairs + kPairs - 1) / kPairs;
+    const int lane = threadIdx.x % 32;
+    for (index_t job = blockIdx.x * index_t(8) + threadIdx.x / 32; job < tiles * units + kSpare;
+         job += gridDim.x * index_t(8)) {
+        const index_t tile = job / units, sample = (job - tile * units) * 32 + lane;
+        float v1[kPairs], v2[kPairs];
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) {
+            const index_t pair = tile * kPairs + p;
+            const bool inside = sample < batch && tile < tiles;
+            v1[p] = inside ? x[2 * pair * batch + sample] : 0.0f;
+            v2[p] = inside ? x[(2 * pair + 1) * batch + sample] : 0.0f;
+        }
+        bool beyond = false;
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) beyond |= !(fabsf(v1[p]) <= kReach && fabsf(v2[p]) <= kReach);
+        const unsigned lanes = __ballot_sync(0xffffffffu, beyond);
+        if (lane == 0 && job < tiles * units) far[job] = lanes;
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) {
+            v1[p] = centred_coordinate(v1[p], knots);
+            v2[p] = centred_coordinate(v2[p], knots);
+        }
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) {
+            const float2 both = pack_coordinates(v1[p], v2[p]);
+            v1[p] = both.x;
+            v2[p] = both.y;
+        }
+        permute_by_xor<kPairs>(v1, lane % kPairs);
+        permute_by_xor<kPairs>(v2, lane % kPairs);
+        float2* target = coordinates + job * (kPairs * 32) + lane;
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) target[p * 32] = make_float2(v1[p], v2[p]);
     }
 }
+
 
 // Has lane l bring one unit of row l, 128 bytes, into the level-2 cache. Additions to lines that are not there run
 // at a quarter of their speed; asked for a unit ahead they are, at one instruction for all of a lane's rows.
@@ -225,26 +292,17 @@ struct Prefetch {
     }
 };
 
-// A lane's inputs unit by unit (32 samples); at step s those of pair s ^ low bits of lane.
+// A lane's centred coordinates unit by unit (32 samples); at step s those of pair s ^ low bits of lane.
 // Steps from kPairs on are those of the lane's next unit.
 struct Source {
-    const float* __restrict__ x;
-    index_t batch, sample, pairs;
-    int key;
+    const float2* __restrict__ at;
 
-    __device__ Source(const float* __restrict__ x, index_t batch, index_t pair_tile, index_t unit, index_t pairs,
-                      int lane)
-        : x(x + 2 * pair_tile * kPairs * batch + unit * 32 + lane), batch(batch), sample(unit * 32 + lane),
-          pairs(pairs - pair_tile * kPairs), key(lane % kPairs) {}
+    __device__ Source(const float2* __restrict__ coordinates, index_t batch, index_t pair_tile, index_t unit, index_t, int lane)
+        : at(coordinates + (pair_tile * ((batch + 31) / 32) + unit) * (kPairs * 32) + lane) {}
     __device__ __forceinline__ float2 operator()(int step) const {
-        const int pair = step % kPairs ^ key, ahead = step < kPairs ? 0 : kWarps * 32;
-        if (sample + ahead >= batch) return make_float2(0.0f, 0.0f);
-        return make_float2(load_early(x + 2 * pair * batch + ahead), load_early(x + (2 * pair + 1) * batch + ahead));
+        return load_early(at + (step < kPairs ? step : step + (kWarps - 1) * kPairs) * 32);
     }
-    __device__ __forceinline__ void advance() {
-        x += kWarps * 32;
-        sample += kWarps * 32;
-    }
+    __device__ __forceinline__ void advance() { at += kWarps * kPairs * 32; }
     // now <- next, next <- steps from `step` on. The coordinates end with a unit for everybody to read in vain.
     __device__ __forceinline__ void turn(float2 (&next)[kAhead], float2 (&now)[kAhead], int step) const {
 #pragma unroll
@@ -255,14 +313,13 @@ struct Source {
     }
 };
 
-#define COORDINATE_PARAMETERS const float* __restrict__ inputs, const float* __restrict__ borders
+#define COORDINATE_PARAMETERS const float2* __restrict__ inputs, const float* __restrict__ borders
 
-extern "C" __global__ void __launch_bounds__(kThreads, 3)
-lmkan_forward(COORDINATE_PARAMETERS, const float* __restrict__ table, float* __restrict__ y,
+extern "C" __global__ void __launch_bounds__(kThreads, 8)
+lmkan_forward(COORDINATE_PARAMETERS, const float* __restrict__ table, const float* __restrict__ scales, float* __restrict__ y,
               index_t batch, index_t pairs, index_t outs, index_t splits) {
     extern __shared__ __align__(1024) float tile[];
     const float* knots = tile + kRows * kRow;
-    load_knots(tile + kRows * kRow, borders);
     const int lane = threadIdx.x % 32, warp = uniform_warp();
     const index_t units = (batch + 31) / 32;
     const index_t out_tiles = (outs + kOuts - 1) / kOuts, pair_tiles = (pairs + kPairs - 1) / kPairs;
@@ -288,36 +345,111 @@ lmkan_forward(COORDINATE_PARAMETERS, const float* __restrict__ table, float* __r
             float* rows = y + out * batch + sample;
             Prefetch prefetch(batch, min(index_t(kOuts), outs - out), lane);
             Source source(inputs, batch, pair_tile, unit, pairs, lane);
+            // of the pairs that a lane comes to first, and then of the others
+            float scale[kScaleGroups][kOuts] = {};
+#pragma unroll
+            for (int k = 0; k < kScaleGroups; ++k) {
+                const index_t group = pair_tile * kPairs / kScalePairs + (k ^ lane / kScalePairs % kScaleGroups);
+                if (group * kScalePairs < pairs)
+                    load_rows<kSpan>(scales + group * outs + out, scale[k], 1, outs - out, rotation);
+#pragma unroll
+                for (int n = 0; n < kOuts; ++n) scale[k][n] *= 1.0f / kWeightOne;
+            }
             int left = int((last - unit + kWarps - 1) / kWarps);
             float2 next[kAhead] = {}, unused[kAhead];
             if (left > 0) source.turn(next, unused, 0);
             for (; left > 0; --left, sample += kWarps * 32, rows += kWarps * 32, source.advance()) {
                 prefetch(rows, update == Update::add);
                 float sum[kOuts] = {};
+                int count[kOuts] = {};
 #pragma unroll 1
                 for (int turn = 0; turn < kPairs; turn += kAhead) {
                     float2 now[kAhead];
                     source.turn(next, now, turn + kAhead);
+                    if (kScaleGroups > 1 && turn == kScalePairs) {
+#pragma unroll
+                        for (int n = 0; n < kOuts; ++n) {
+                            sum[n] = float(count[n]) * scale[0][n];
+                            count[n] = 0;
+                        }
+                    }
 #pragma unroll
                     for (int step = turn; step < turn + kAhead; ++step) {
-                        const Position at = locate(now[step - turn], knots, lane);
-                        const unsigned base = lane_base + at.row + (step ^ lane % kPairs) * 4;
-                        const Weights w = bilinear(at.d1, at.d2);
-#define EVALUATE(address, out)                                   \
-    sum[out] = fmaf(w.w00, load_shared(address), sum[out]);      \
-    sum[out] = fmaf(w.w01, load_shared(address + kRight), sum[out]); \
-    sum[out] = fmaf(w.w10, load_shared(address + kUp), sum[out]);    \
-    sum[out] = fmaf(w.w11, load_shared(address + kUp + kRight), sum[out]);
-                        FOR_EACH_WORD(base, EVALUATE)
+                        const int first_word = __float_as_int(now[step - turn].x);   // cell, w11
+                        const int second_word = __float_as_int(now[step - turn].y);  // w01, w10
+                        const int w00 = dot_lower(second_word, 0xffff, dot_lower(first_word, 0xff00, int(kWeightOne)));
+                        const int lower = __byte_perm(w00, second_word, 0x5410);
+                        const int upper = __byte_perm(second_word, first_word, 0x7632);
+                        const unsigned base =
+                            lane_base + (first_word & 0xffff) * (kRow * 4) + (step ^ lane % kPairs) * 4;
+                        // all loads before their use: as a pair, ptxas would wait for each
+                        word_t corners[kWords];
+#define LOAD(address, out) corners[out] = load_shared(address);
+                        FOR_EACH_WORD(base, LOAD)
+#pragma unroll
+                        for (int n = 0; n < kOuts; ++n)
+                            count[n] = dot_upper(upper, corners[n], dot_lower(lower, corners[n], count[n]));
                     }
                 }
-                permute_by_xor<kSpan, kPack>(sum, kPack * rotation);
-                if (sample < batch) store_rows<kSpan>(rows, sum, batch, outs - out, update, 0);
+#pragma unroll
+                for (int n = 0; n < kOuts; ++n) sum[n] = fmaf(float(count[n]), scale[kScaleGroups - 1][n], sum[n]);
+                if (sample < batch) store_rows<kSpan>(rows, sum, batch, outs - out, update, kPack * rotation);
             }
         }
         begin += last - first;
     }
 }
 
+// Samples with an input beyond kReach again, in float32 and one after the other: they are few. far[tile of pairs][32
+// samples] has a bit for each. A block looks at 256 samples; for one that is far its threads have a pair each, then an
+// output each.
+extern "C" __global__ void __launch_bounds__(256, 2)
+lmkan_far_samples(const float* __restrict__ x, const float* __restrict__ borders, const int* __restrict__ table,
+                  const float* __restrict__ scales, const unsigned* __restrict__ far, float* __restrict__ y,
+                  index_t batch, index_t pairs, index_t outs) {
+    __shared__ bool is_far[256];
+    __shared__ int rows[256];
+    __shared__ float4 weights[256];
+    const int thread = threadIdx.x;
+    const index_t groups = (batch + 255) / 256, units = (batch + 31) / 32, tiles = (pairs + kPairs - 1) / kPairs;
+    for (index_t group = blockIdx.x; group < groups; group += gridDim.x) {
+        const index_t unit = group * 8 + thread / 32;
+        unsigned lanes = 0;
+        for (index_t tile = thread % 32; unit < units && tile < tiles; tile += 32) lanes |= far[tile * units + unit];
+        is_far[thread] = __reduce_or_sync(0xffffffffu, lanes) >> thread % 32 & 1;
+        if (!__syncthreads_or(is_far[thread])) continue;
+        for (int k = 0; k < 256; ++k) {
+            if (!is_far[k]) continue;
+            const index_t sample = group * 256 + k;
+            for (index_t first = 0; first < pairs; first += 256) {
+                if (first + thread < pairs) {
+                    const index_t row = 2 * (first + thread) * batch + sample;
+                    const float x1 = x[row], x2 = x[row + batch];
+                    const int i1 = cell_of_input(x1), i2 = cell_of_input(x2);
+                    // spacings are never so large that the quick division would fail
+                    const Weights w = bilinear(__fdividef(x1 - borders[i1], borders[i1 + 1] - borders[i1]),
+                                               __fdividef(x2 - borders[i2], borders[i2 + 1] - borders[i2]));
+                    rows[thread] = i1 * kGrids + i2;
+                    weights[thread] = make_float4(w.w00, w.w01, w.w10, w.w11);
+                }
+                __syncthreads();
+                const int count = int(min(index_t(256), pairs - first));
+                for (index_t out = thread; out < outs; out += 256) {
+                    float sum = first ? y[out * batch + sample] : 0.0f;
+                    for (int p = 0; p < count; ++p) {
+                        const int corners = table[(rows[p] * outs + out) * pairs + first + p];
+                        const float4 w = weights[p];
+                        const float value = w.x * (corners << 24 >> 24) + w.y * (corners << 16 >> 24) +
+                                            w.z * (corners << 8 >> 24) + w.w * (corners >> 24);
+                        sum = fmaf(value, scales[(first + p) / kScalePairs * outs + out], sum);
+                    }
+                    y[out * batch + sample] = sum;
+                }
+                __syncthreads();
+            }
+        }
+        __syncthreads();
+    }
+}
 
 

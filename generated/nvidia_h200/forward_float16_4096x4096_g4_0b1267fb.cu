@@ -4,13 +4,14 @@
 // share of the batch past them; each lane owns one sample. At step s lane l evaluates the function
 // whose index differs from s by l's low bits, so the 32 lanes of a warp always read 32 different words
 // of a row of tables, that is 32 different banks, whatever cells their samples fell into.
-// Moves: 16 bytes of shared memory per function evaluation (the bound), and per tile pass 4 bytes of
+// A word of tables holds the values of two neighbouring outputs in float16.
+// Moves: 8 bytes of shared memory per function evaluation (the bound), and per tile pass 4 bytes of
 // y per sample and output plus the coordinates.
 // Work is cut into equal contiguous ranges of (tile, 32 samples), one per block: no tail wave; a range
 // owns its part of the result, so without splits the order of every sum is fixed.
 typedef long long index_t;
 
-constexpr int kGrids = 28;
+constexpr int kGrids = 4;
 constexpr int kSide = kGrids + 1;            // knots along one axis
 constexpr int kKnots = kSide * kSide;
 constexpr int kHalf = kGrids / 2;
@@ -74,14 +75,14 @@ __device__ __forceinline__ void permute_by_xor(float (&values)[N], int key) {
     }
 }
 
-constexpr int kPairs = 8;          // input pairs in the tile
-constexpr int kOuts = 8;            // outputs in the tile
-constexpr int kThreads = 768;
-constexpr int kCopy = 2;            // floats per staging copy
+constexpr int kPairs = 16;          // input pairs in the tile
+constexpr int kOuts = 32;            // outputs in the tile
+constexpr int kThreads = 64;
+constexpr int kCopy = 4;            // floats per staging copy
 constexpr int kWarps = kThreads / 32;
 constexpr int kSpare = kWarps;         // units that loads run ahead
 constexpr int kAhead = 2;            // steps by which coordinates are asked for in advance
-constexpr int kPack = 1;             // outputs in a word of tables
+constexpr int kPack = 2;             // outputs in a word of tables
 constexpr int kWords = kOuts / kPack;
 constexpr int kRows = kKnots;        // rows of tables: one per knot
 constexpr int kRow = kWords * kPairs;        // words of a row
@@ -90,15 +91,40 @@ constexpr int kRotation = kLowest < 32 / kPairs ? kLowest : 32 / kPairs;
 constexpr int kSpan = kPack * kRotation;     // outputs among which lanes rotate
 static_assert(kOuts % kPack == 0 && kPairs <= 32 && kAhead <= kPairs);
 
-typedef float word_t;
+typedef unsigned word_t;
 
 __device__ __forceinline__ word_t load_shared(unsigned address) {
     word_t value;
     // volatile: two passes read different tables at equal addresses
-    asm volatile("ld.shared.b32 %0, [%1];" : "=f"(value) : "r"(address));
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address));
     return value;
 }
 
+constexpr word_t kMinusZero2 = 0x80008000u;  // what a sum may start from: adding it changes nothing
+
+__device__ __forceinline__ word_t twice(float v) {
+    word_t w;
+    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(w) : "f"(v));
+    return w;
+}
+
+__device__ __forceinline__ word_t fma2(word_t a, word_t b, word_t c) {
+    word_t d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+__device__ __forceinline__ float lower_half(word_t w) {
+    float v;
+    asm("{ .reg .b16 l, h; mov.b32 { l, h }, %1; cvt.f32.f16 %0, l; }" : "=f"(v) : "r"(w));
+    return v;
+}
+
+__device__ __forceinline__ float upper_half(word_t w) {
+    float v;
+    asm("{ .reg .b16 l, h; mov.b32 { l, h }, %1; cvt.f32.f16 %0, h; }" : "=f"(v) : "r"(w));
+    return v;
+}
 
 // A load of inputs that nobody writes. Not __ldg: ptxas moves loads of constant data down to their use, past
 // any barrier; these it keeps above the next one.
@@ -124,7 +150,7 @@ __device__ __forceinline__ void walk_rows(float* rows, index_t pitch, index_t re
     for (int i = 0; i < N; ++i) {
         const int high = i / SPAN, turn = high & 1 ? SPAN - 1 - i % SPAN : i % SPAN;  // every other group backward
         const int low = turn ^ turn >> 1, n = high * SPAN + low;
-        if (high * SPAN + (low ^ key) < remaining) visit(address, n);
+        visit(address, n);
         if (i % SPAN == SPAN - 1) {
             address += SPAN * pitch;
         } else {
@@ -192,10 +218,10 @@ __device__ __forceinline__ void load_tile(float* tile, const float* __restrict__
 #pragma unroll 4
     for (int k = threadIdx.x; k < kRows * kWords * per_row; k += kThreads) {
         const int p = k % per_row * kCopy, w = k / per_row % kWords, row = k / (per_row * kWords);
-        const bool inside = first_word + w < words && first_pair + p < pairs;
+        const bool inside = true;
         const float* source = inside ? table + (row * words + first_word + w) * pairs + first_pair + p : table;
         const int bytes = inside ? 4 * kCopy : 0;
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target + 4 * kCopy * k),
+        asm volatile("cp.async.cg.shared.global [%0], [%1], %2, %3;" ::"r"(target + 4 * kCopy * k),
                      "l"(source), "n"(4 * kCopy), "r"(bytes) : "memory");
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
@@ -220,7 +246,7 @@ lmkan_coordinates(const float* __restrict__ x, const float* __restrict__ borders
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) {
             const index_t pair = tile * kPairs + p;
-            const bool inside = sample < batch && pair < pairs;
+            const bool inside = sample < batch && tile < tiles;
             v1[p] = inside ? x[2 * pair * batch + sample] : 0.0f;
             v2[p] = inside ? x[(2 * pair + 1) * batch + sample] : 0.0f;
         }
@@ -273,7 +299,7 @@ struct Source {
 
 #define COORDINATE_PARAMETERS const float2* __restrict__ inputs, const float* __restrict__ borders
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, 8)
 lmkan_forward(COORDINATE_PARAMETERS, const float* __restrict__ table, float* __restrict__ y,
               index_t batch, index_t pairs, index_t outs, index_t splits) {
     extern __shared__ __align__(1024) float tile[];
@@ -313,21 +339,31 @@ lmkan_forward(COORDINATE_PARAMETERS, const float* __restrict__ table, float* __r
                 for (int turn = 0; turn < kPairs; turn += kAhead) {
                     float2 now[kAhead];
                     source.turn(next, now, turn + kAhead);
+                    word_t held[kWords];
 #pragma unroll
                     for (int step = turn; step < turn + kAhead; ++step) {
                         const Position at = locate(now[step - turn], knots, lane);
                         const unsigned base = lane_base + at.row + (step ^ lane % kPairs) * 4;
                         const Weights w = bilinear(at.d1, at.d2);
-#define EVALUATE(address, out)                                   \
-    sum[out] = fmaf(w.w00, load_shared(address), sum[out]);      \
-    sum[out] = fmaf(w.w01, load_shared(address + kRight), sum[out]); \
-    sum[out] = fmaf(w.w10, load_shared(address + kUp), sum[out]);    \
-    sum[out] = fmaf(w.w11, load_shared(address + kUp + kRight), sum[out]);
+                        const word_t w00 = twice(w.w00), w01 = twice(w.w01), w10 = twice(w.w10), w11 = twice(w.w11);
+// two steps share a sum in float16 before it joins the float sums: half as many conversions
+#define EVALUATE(address, word)                                                          \
+    {                                                                                    \
+        word_t v = fma2(w00, load_shared(address), (step - turn) % 2 ? held[word] : kMinusZero2); \
+        v = fma2(w01, load_shared(address + kRight), v);                                 \
+        v = fma2(w10, load_shared(address + kUp), v);                                    \
+        v = fma2(w11, load_shared(address + kUp + kRight), v);                           \
+        if ((step - turn) % 2) {                                                         \
+            sum[2 * (word)] += lower_half(v);                                            \
+            sum[2 * (word) + 1] += upper_half(v);                                        \
+        } else {                                                                         \
+            held[word] = v;                                                              \
+        }                                                                                \
+    }
                         FOR_EACH_WORD(base, EVALUATE)
                     }
                 }
-                permute_by_xor<kSpan, kPack>(sum, kPack * rotation);
-                if (sample < batch) store_rows<kSpan>(rows, sum, batch, outs - out, update, 0);
+                if (sample < batch) store_rows<kSpan>(rows, sum, batch, outs - out, update, kPack * rotation);
             }
         }
         begin += last - first;

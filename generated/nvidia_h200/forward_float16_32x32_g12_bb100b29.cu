@@ -4,13 +4,14 @@
 // share of the batch past them; each lane owns one sample. At step s lane l evaluates the function
 // whose index differs from s by l's low bits, so the 32 lanes of a warp always read 32 different words
 // of a row of tables, that is 32 different banks, whatever cells their samples fell into.
-// Moves: 16 bytes of shared memory per function evaluation (the bound), and per tile pass 4 bytes of
+// A word of tables holds the values of two neighbouring outputs in float16.
+// Moves: 8 bytes of shared memory per function evaluation (the bound), and per tile pass 4 bytes of
 // y per sample and output plus the coordinates.
 // Work is cut into equal contiguous ranges of (tile, 32 samples), one per block: no tail wave; a range
 // owns its part of the result, so without splits the order of every sum is fixed.
 typedef long long index_t;
 
-constexpr int kGrids = 26;
+constexpr int kGrids = 12;
 constexpr int kSide = kGrids + 1;            // knots along one axis
 constexpr int kKnots = kSide * kSide;
 constexpr int kHalf = kGrids / 2;
@@ -74,14 +75,14 @@ __device__ __forceinline__ void permute_by_xor(float (&values)[N], int key) {
     }
 }
 
-constexpr int kPairs = 8;          // input pairs in the tile
-constexpr int kOuts = 8;            // outputs in the tile
-constexpr int kThreads = 512;
+constexpr int kPairs = 16;          // input pairs in the tile
+constexpr int kOuts = 16;            // outputs in the tile
+constexpr int kThreads = 256;
 constexpr int kCopy = 4;            // floats per staging copy
 constexpr int kWarps = kThreads / 32;
 constexpr int kSpare = kWarps;         // units that loads run ahead
-constexpr int kAhead = 8;            // steps by which coordinates are asked for in advance
-constexpr int kPack = 1;             // outputs in a word of tables
+constexpr int kAhead = 2;            // steps by which coordinates are asked for in advance
+constexpr int kPack = 2;             // outputs in a word of tables
 constexpr int kWords = kOuts / kPack;
 constexpr int kRows = kKnots;        // rows of tables: one per knot
 constexpr int kRow = kWords * kPairs;        // words of a row
@@ -90,15 +91,40 @@ constexpr int kRotation = kLowest < 32 / kPairs ? kLowest : 32 / kPairs;
 constexpr int kSpan = kPack * kRotation;     // outputs among which lanes rotate
 static_assert(kOuts % kPack == 0 && kPairs <= 32 && kAhead <= kPairs);
 
-typedef float word_t;
+typedef unsigned word_t;
 
 __device__ __forceinline__ word_t load_shared(unsigned address) {
     word_t value;
     // volatile: two passes read different tables at equal addresses
-    asm volatile("ld.shared.b32 %0, [%1];" : "=f"(value) : "r"(address));
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address));
     return value;
 }
 
+constexpr word_t kMinusZero2 = 0x80008000u;  // what a sum may start from: adding it changes nothing
+
+__device__ __forceinline__ word_t twice(float v) {
+    word_t w;
+    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(w) : "f"(v));
+    return w;
+}
+
+__device__ __forceinline__ word_t fma2(word_t a, word_t b, word_t c) {
+    word_t d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+__device__ __forceinline__ float lower_half(word_t w) {
+    float v;
+    asm("{ .reg .b16 l, h; mov.b32 { l, h }, %1; cvt.f32.f16 %0, l; }" : "=f"(v) : "r"(w));
+    return v;
+}
+
+__device__ __forceinline__ float upper_half(word_t w) {
+    float v;
+    asm("{ .reg .b16 l, h; mov.b32 { l, h }, %1; cvt.f32.f16 %0, h; }" : "=f"(v) : "r"(w));
+    return v;
+}
 
 // A load of inputs that nobody writes. Not __ldg: ptxas moves loads of constant data down to their use, past
 // any barrier; these it keeps above the next one.
@@ -164,9 +190,11 @@ struct Position {
 
 __device__ __forceinline__ Position locate(float2 v, const float* knots, int lane) {
     Position at;
-    const int i1 = split_coordinate(v.x, at.d1), i2 = split_coordinate(v.y, at.d2);
-    at.s1 = 0.0f;
-    at.s2 = 0.0f;
+    const int i1 = cell_of_input(v.x), i2 = cell_of_input(v.y);
+    at.s1 = knots[(kSide + i1) * 32 + lane];
+    at.s2 = knots[(kSide + i2) * 32 + lane];
+    at.d1 = (v.x - knots[i1 * 32 + lane]) * at.s1;
+    at.d2 = (v.y - knots[i2 * 32 + lane]) * at.s2;
     at.row = unsigned(i1 * kSide + i2) * (kRow * 4);
     return at;
 }
@@ -201,42 +229,15 @@ __device__ __forceinline__ void load_tile(float* tile, const float* __restrict__
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// Pre-pass: centred coordinates, once per input instead of once per output tile, in the order in which
-// lanes will ask for them: [pair tile][32 samples][step][lane], pair = step ^ low bits of lane. Behind them stand
-// those of zeros for a block's lanes, which ask ahead, to read in vain.
-extern "C" __global__ void __launch_bounds__(256, 2)
-lmkan_coordinates(const float* __restrict__ x, const float* __restrict__ borders, float2* __restrict__ coordinates,
-                  index_t batch, index_t pairs) {
-    __shared__ float knots[kSide];
-    for (int k = threadIdx.x; k < kSide; k += 256) knots[k] = borders[k];
-    __syncthreads();
-    const index_t units = (batch + 31) / 32;
-    const index_t tiles = (pairs + kPairs - 1) / kPairs;
-    const int lane = threadIdx.x % 32;
-    for (index_t job = blockIdx.x * index_t(8) + threadIdx.x / 32; job < tiles * units + kSpare;
-         job += gridDim.x * index_t(8)) {
-        const index_t tile = job / units, sample = (job - tile * units) * 32 + lane;
-        float v1[kPairs], v2[kPairs];
-#pragma unroll
-        for (int p = 0; p < kPairs; ++p) {
-            const index_t pair = tile * kPairs + p;
-            const bool inside = sample < batch && tile < tiles;
-            v1[p] = inside ? x[2 * pair * batch + sample] : 0.0f;
-            v2[p] = inside ? x[(2 * pair + 1) * batch + sample] : 0.0f;
-        }
-#pragma unroll
-        for (int p = 0; p < kPairs; ++p) {
-            v1[p] = centred_coordinate(v1[p], knots);
-            v2[p] = centred_coordinate(v2[p], knots);
-        }
-        permute_by_xor<kPairs>(v1, lane % kPairs);
-        permute_by_xor<kPairs>(v2, lane % kPairs);
-        float2* target = coordinates + job * (kPairs * 32) + lane;
-#pragma unroll
-        for (int p = 0; p < kPairs; ++p) target[p * 32] = make_float2(v1[p], v2[p]);
+
+// Knots and inverse spacings, one copy per lane: a lookup by 32 different cells never conflicts.
+__device__ __forceinline__ void load_knots(float* knots, const float* __restrict__ borders) {
+    for (int k = threadIdx.x; k < kSide * 32; k += kThreads) {
+        const int i = k / 32;
+        knots[k] = borders[i];
+        knots[kSide * 32 + k] = i < kGrids ? 1.0f / (borders[i + 1] - borders[i]) : 0.0f;
     }
 }
-
 
 // Has lane l bring one unit of row l, 128 bytes, into the level-2 cache. Additions to lines that are not there run
 // at a quarter of their speed; asked for a unit ahead they are, at one instruction for all of a lane's rows.
@@ -250,17 +251,26 @@ struct Prefetch {
     }
 };
 
-// A lane's centred coordinates unit by unit (32 samples); at step s those of pair s ^ low bits of lane.
+// A lane's inputs unit by unit (32 samples); at step s those of pair s ^ low bits of lane.
 // Steps from kPairs on are those of the lane's next unit.
 struct Source {
-    const float2* __restrict__ at;
+    const float* __restrict__ x;
+    index_t batch, sample, pairs;
+    int key;
 
-    __device__ Source(const float2* __restrict__ coordinates, index_t batch, index_t pair_tile, index_t unit, index_t, int lane)
-        : at(coordinates + (pair_tile * ((batch + 31) / 32) + unit) * (kPairs * 32) + lane) {}
+    __device__ Source(const float* __restrict__ x, index_t batch, index_t pair_tile, index_t unit, index_t pairs,
+                      int lane)
+        : x(x + 2 * pair_tile * kPairs * batch + unit * 32 + lane), batch(batch), sample(unit * 32 + lane),
+          pairs(pairs - pair_tile * kPairs), key(lane % kPairs) {}
     __device__ __forceinline__ float2 operator()(int step) const {
-        return load_early(at + (step < kPairs ? step : step + (kWarps - 1) * kPairs) * 32);
+        const int pair = step % kPairs ^ key, ahead = step < kPairs ? 0 : kWarps * 32;
+        if (sample + ahead >= batch) return make_float2(0.0f, 0.0f);
+        return make_float2(load_early(x + 2 * pair * batch + ahead), load_early(x + (2 * pair + 1) * batch + ahead));
     }
-    __device__ __forceinline__ void advance() { at += kWarps * kPairs * 32; }
+    __device__ __forceinline__ void advance() {
+        x += kWarps * 32;
+        sample += kWarps * 32;
+    }
     // now <- next, next <- steps from `step` on. The coordinates end with a unit for everybody to read in vain.
     __device__ __forceinline__ void turn(float2 (&next)[kAhead], float2 (&now)[kAhead], int step) const {
 #pragma unroll
@@ -271,13 +281,14 @@ struct Source {
     }
 };
 
-#define COORDINATE_PARAMETERS const float2* __restrict__ inputs, const float* __restrict__ borders
+#define COORDINATE_PARAMETERS const float* __restrict__ inputs, const float* __restrict__ borders
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
 lmkan_forward(COORDINATE_PARAMETERS, const float* __restrict__ table, float* __restrict__ y,
               index_t batch, index_t pairs, index_t outs, index_t splits) {
     extern __shared__ __align__(1024) float tile[];
     const float* knots = tile + kRows * kRow;
+    load_knots(tile + kRows * kRow, borders);
     const int lane = threadIdx.x % 32, warp = uniform_warp();
     const index_t units = (batch + 31) / 32;
     const index_t out_tiles = (outs + kOuts - 1) / kOuts, pair_tiles = (pairs + kPairs - 1) / kPairs;
@@ -313,21 +324,31 @@ lmkan_forward(COORDINATE_PARAMETERS, const float* __restrict__ table, float* __r
                 for (int turn = 0; turn < kPairs; turn += kAhead) {
                     float2 now[kAhead];
                     source.turn(next, now, turn + kAhead);
+                    word_t held[kWords];
 #pragma unroll
                     for (int step = turn; step < turn + kAhead; ++step) {
                         const Position at = locate(now[step - turn], knots, lane);
                         const unsigned base = lane_base + at.row + (step ^ lane % kPairs) * 4;
                         const Weights w = bilinear(at.d1, at.d2);
-#define EVALUATE(address, out)                                   \
-    sum[out] = fmaf(w.w00, load_shared(address), sum[out]);      \
-    sum[out] = fmaf(w.w01, load_shared(address + kRight), sum[out]); \
-    sum[out] = fmaf(w.w10, load_shared(address + kUp), sum[out]);    \
-    sum[out] = fmaf(w.w11, load_shared(address + kUp + kRight), sum[out]);
+                        const word_t w00 = twice(w.w00), w01 = twice(w.w01), w10 = twice(w.w10), w11 = twice(w.w11);
+// two steps share a sum in float16 before it joins the float sums: half as many conversions
+#define EVALUATE(address, word)                                                          \
+    {                                                                                    \
+        word_t v = fma2(w00, load_shared(address), (step - turn) % 2 ? held[word] : kMinusZero2); \
+        v = fma2(w01, load_shared(address + kRight), v);                                 \
+        v = fma2(w10, load_shared(address + kUp), v);                                    \
+        v = fma2(w11, load_shared(address + kUp + kRight), v);                           \
+        if ((step - turn) % 2) {                                                         \
+            sum[2 * (word)] += lower_half(v);                                            \
+            sum[2 * (word) + 1] += upper_half(v);                                        \
+        } else {                                                                         \
+            held[word] = v;                                                              \
+        }                                                                                \
+    }
                         FOR_EACH_WORD(base, EVALUATE)
                     }
                 }
-                permute_by_xor<kSpan, kPack>(sum, kPack * rotation);
-                if (sample < batch) store_rows<kSpan>(rows, sum, batch, outs - out, update, 0);
+                if (sample < batch) store_rows<kSpan>(rows, sum, batch, outs - out, update, kPack * rotation);
             }
         }
         begin += last - first;

@@ -1,0 +1,178 @@
+"""The output-stationary family: every piece of work is done once, and tables are laid out as they stream."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import subprocess
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmkan_gen import packing
+from lmkan_gen.codegen import render
+from lmkan_gen.device import target
+from lmkan_gen.families import family
+from lmkan_gen.plan import Constant, Launch
+from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
+
+FAMILY = family("output_stationary")
+GPU = target("sm_90")
+PARAMETERS: dict[str, Constant] = {
+    "pairs": 4, "outs": 16, "samples": 3, "threads": 384, "stages": 2, "blocks": 1, "ahead": 2,
+}  # fmt: skip
+
+Items = Callable[[int, int, int, int], list[tuple[int, int, int]]]
+
+HARNESS = """
+#include <algorithm>
+using std::max; using std::min;
+#define __device__
+#define __forceinline__ inline
+typedef long long index_t;
+struct { unsigned x; } blockIdx, gridDim;
+constexpr int kSamples = %d, kWarps = %d;
+%s
+extern "C" int items_of_block(index_t units, int tiles, int together, int blocks, int block, long long* out) {
+    gridDim.x = blocks;
+    blockIdx.x = block;
+    const Schedule schedule(units, tiles, together);
+    for (int k = 0; k < schedule.mine; ++k) {
+        const Item item = schedule(k);
+        out[3 * k] = item.tile;
+        out[3 * k + 1] = item.unit;
+        out[3 * k + 2] = item.columns;
+    }
+    return schedule.mine;
+}
+"""
+
+
+def problem(operation: Operation, shape: LayerShape, table: TableDtype = TableDtype.FLOAT32) -> Problem:
+    return Problem(operation, shape, GPU, table)
+
+
+@pytest.fixture(scope="module")
+def items_of_all_blocks(tmp_path_factory: pytest.TempPathFactory) -> Items:
+    """What the rendered source's ``Schedule`` gives to each block, run on the CPU."""
+    source = render(FAMILY.spec(problem(Operation.FORWARD, LayerShape(64, 64, 8, 4096)), PARAMETERS))
+    schedule = source[source.index("struct Item {") : source.index("// The stages of a block")]
+    directory = tmp_path_factory.mktemp("schedule")
+    code, library = directory / "schedule.cpp", directory / "schedule.so"
+    code.write_text(HARNESS % (PARAMETERS["samples"], int(PARAMETERS["threads"]) // 32, schedule))
+    subprocess.run(["g++", "-std=c++17", "-O1", "-shared", "-fPIC", code, "-o", library], check=True)
+    function = ctypes.CDLL(str(library)).items_of_block
+    function.argtypes = [ctypes.c_longlong, *(ctypes.c_int,) * 4, ctypes.POINTER(ctypes.c_longlong)]
+
+    def items(units: int, tiles: int, together: int, blocks: int) -> list[tuple[int, int, int]]:
+        found: list[tuple[int, int, int]] = []
+        room = (ctypes.c_longlong * (3 * (units * tiles + 2)))()
+        for block in range(blocks):
+            count = function(units, tiles, together, blocks, block, room)
+            found += [(room[3 * k], room[3 * k + 1], room[3 * k + 2]) for k in range(count)]
+        return found
+
+    return items
+
+
+@settings(deadline=None)
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 40), st.integers(1, 140))
+def test_every_column_of_every_tile_is_done_once(
+    items_of_all_blocks: Items, units: int, tiles: int, together: int, blocks: int
+) -> None:
+    """Whatever is left over when items are dealt out, and however few tiles the last round has."""
+    samples, warps = int(PARAMETERS["samples"]), int(PARAMETERS["threads"]) // 32
+    done: dict[tuple[int, int], int] = {}
+    for tile, unit, columns in items_of_all_blocks(units, tiles, min(together, tiles), blocks):
+        assert 0 <= tile < tiles
+        assert unit % warps == 0
+        assert 1 <= columns <= samples
+        for column in range(unit // warps, unit // warps + columns):
+            done[tile, column] = done.get((tile, column), 0) + 1
+    groups = math.ceil(units / (samples * warps))
+    assert done == {(tile, column): 1 for tile in range(tiles) for column in range(groups * samples)}
+
+
+@pytest.mark.parametrize("table", [TableDtype.FLOAT32, TableDtype.FLOAT16, TableDtype.INT8])
+def test_stages_hold_tiles_with_zeros_beyond_the_edges(table: TableDtype) -> None:
+    grids, outputs, inputs, pairs, width = 5, 13, 18, 4, 8
+    floats = torch.randn(grids + 1, grids + 1, outputs, inputs // 2)
+    packed = None if table is TableDtype.FLOAT32 else packing.pack(floats, table)
+    words = floats if packed is None else packed.words
+    stages = packing.stages(words, packed.scales if packed else None, pairs, width)
+    flat = words.flatten(0, 1).view(torch.int32)
+    out_tiles, pair_tiles = math.ceil(flat.shape[1] / width), math.ceil(inputs / 2 / pairs)
+    scales = 32 if table is TableDtype.INT8 else 0
+    assert stages.shape == (out_tiles, pair_tiles, flat.shape[0] * width * pairs + scales)
+    for o in range(out_tiles):
+        for p in range(pair_tiles):
+            tile = stages[o, p, : flat.shape[0] * width * pairs].view(flat.shape[0], width, pairs)
+            part = flat[:, o * width : (o + 1) * width, p * pairs : (p + 1) * pairs]
+            assert torch.equal(tile[:, : part.shape[1], : part.shape[2]], part)
+            assert not tile[:, part.shape[1] :].any()
+            assert not tile[:, :, part.shape[2] :].any()
+            if packed is not None and packed.scales is not None:
+                group = p * pairs // packing.SCALE_PAIRS
+                expected = packed.scales[group, o * width : (o + 1) * width] / packing.WEIGHT_ONE
+                of_tile = stages[o, p, -scales:].view(torch.float32)
+                assert torch.equal(of_tile[: len(expected)], expected)
+                assert not of_tile[len(expected) :].any()
+
+
+def test_tables_that_stay_are_arranged_once_and_again_when_written_to() -> None:
+    table = torch.randn(6, 6, 8, 4)
+    name = packing.stages_name(4, 8)
+    first = packing.arranged({"table": table}, {name}, TableDtype.FLOAT32)[name]
+    assert packing.arranged({"table": table}, {name}, TableDtype.FLOAT32)[name] is first
+    table.mul_(2)
+    second = packing.arranged({"table": table}, {name}, TableDtype.FLOAT32)[name]
+    assert torch.equal(second.view(torch.float32), 2 * first.view(torch.float32))
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_only_tables_that_change_are_arranged_by_the_plan(constant: bool) -> None:
+    asked = Problem(
+        Operation.FORWARD, LayerShape(512, 512, 18, 65536), GPU, TableDtype.FLOAT16, constant=constant
+    )
+    plan = FAMILY.plan(asked, PARAMETERS)
+    kernels = [step.kernel for step in plan.steps if isinstance(step, Launch)]
+    assert ("lmkan_arrange_table" in kernels) is not constant
+    assert (packing.stages_name(4, 8) in plan.buffers) is constant
+
+
+def test_results_need_no_zeros_and_no_order_but_their_own() -> None:
+    """Every result is written by one lane: the same parameters serve deterministic algorithms."""
+    for operation in (Operation.FORWARD, Operation.GRAD_INPUT):
+        shape = LayerShape(512, 512, 18, 65536)
+        usual = Problem(operation, shape, GPU)
+        ordered = Problem(operation, shape, GPU, deterministic=True)
+        default = FAMILY.default(usual)
+        assert default is not None
+        assert FAMILY.violations(ordered, default) == []
+        assert FAMILY.spec(ordered, default) == FAMILY.spec(usual, default)
+        assert all(isinstance(step, Launch) for step in FAMILY.plan(usual, default).steps)
+
+
+@pytest.mark.parametrize(
+    ("change", "limit"),
+    [
+        ({"pairs": 2, "outs": 8}, "tile"),
+        ({"pairs": 16, "outs": 32}, "shared_memory"),
+        ({"ahead": 8}, "wasted"),
+        ({"samples": 8, "threads": 512}, "registers"),
+    ],
+)
+def test_what_does_not_fit_is_said(change: dict[str, Constant], limit: str) -> None:
+    found = FAMILY.violations(
+        problem(Operation.FORWARD, LayerShape(512, 512, 18, 65536)), PARAMETERS | change
+    )
+    assert limit in {v.limit for v in found}
+
+
+def test_older_gpus_have_no_bulk_copies() -> None:
+    old = Problem(Operation.FORWARD, LayerShape(512, 512, 10, 65536), target("sm_80"))
+    assert {v.limit for v in FAMILY.violations(old, PARAMETERS)} >= {"architecture"}
+    assert FAMILY.default(old) is None
