@@ -1,14 +1,13 @@
-// Enough of CUDA to run kernels on a CPU, one block after the other and its threads as threads.
+// Enough of CUDA to run kernels on a CPU, one block after the other. Its threads take turns on one of the CPU's: each
+// runs until it has to wait for others.
 // Shared memory is whatever a block leaves behind: as on a GPU, nobody may rely on its contents.
 #include <algorithm>
-#include <atomic>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <random>
-#include <thread>
+#include <ucontext.h>
 #include <vector>
 
 struct Index {
@@ -43,25 +42,54 @@ inline float __uint_as_float(unsigned v) { return bits_of<float>(v); }
 inline int __float_as_int(float v) { return bits_of<int>(v); }
 inline int __float2int_rd(float v) { return v != v ? 0 : int(std::floor(std::clamp(v, -2147483648.0f, 2147483520.0f))); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
-inline int atomicAdd(int* address, int value) { return std::atomic_ref<int>(*address).fetch_add(value); }
+inline int atomicAdd(int* address, int value) { return (*address += value) - value; }
 
-thread_local Index threadIdx, blockIdx;
-Index blockDim, gridDim;
-std::barrier<>* in_block;
-inline void __syncthreads() { in_block->arrive_and_wait(); }
+Index threadIdx, blockIdx, blockDim, gridDim;
+
+// A thread of the block, with a stack of its own.
+struct Thread {
+    ucontext_t context;
+    bool done = false;
+    std::unique_ptr<char[]> stack;
+};
+inline std::vector<Thread> threads;
+inline ucontext_t all_done;
+
+// Lets the next thread run.
+inline void give_way() {
+    const unsigned own = threadIdx.x, count = threads.size();
+    unsigned next = (own + 1) % count;
+    while (threads[next].done && next != own) next = (next + 1) % count;
+    threadIdx.x = next;
+    if (next != own) swapcontext(&threads[own].context, &threads[next].context);
+    else if (threads[own].done) setcontext(&all_done);
+}
+
+struct Barrier {
+    unsigned expected, arrived = 0, generation = 0;
+
+    void arrive_and_wait() {
+        const unsigned mine = generation;
+        if (++arrived == expected) arrived = 0, ++generation;
+        while (mine == generation) give_way();
+    }
+};
+inline Barrier in_block;
+inline void __syncthreads() { in_block.arrive_and_wait(); }
 
 // What lanes of a warp show each other. All of them take part, whatever the mask.
 struct Warp {
-    std::barrier<> barrier{32};
+    Barrier barrier{32};
     unsigned shown[32];
 };
-thread_local Warp* in_warp;
-inline void __syncwarp() { in_warp->barrier.arrive_and_wait(); }
+inline std::vector<Warp> warps;
+inline void __syncwarp() { warps[threadIdx.x / 32].barrier.arrive_and_wait(); }
 template <typename T, typename Look> auto shown(T value, Look look) {
     __syncwarp();
-    in_warp->shown[threadIdx.x % 32] = bits_of<unsigned>(value);
+    Warp& warp = warps[threadIdx.x / 32];
+    warp.shown[threadIdx.x % 32] = bits_of<unsigned>(value);
     __syncwarp();
-    return look([](int lane) { return bits_of<T>(in_warp->shown[lane]); });
+    return look([&](int lane) { return bits_of<T>(warp.shown[lane]); });
 }
 template <typename T> T __shfl_sync(unsigned, T value, int lane) {
     return shown(value, [&](auto of) { return of(lane); });
@@ -93,7 +121,7 @@ using std::min;
 
 alignas(16) inline char dynamic_shared_memory[1 << 18];
 // In place of an addition by one instruction.
-inline void add_atomically(float* address, float value) { std::atomic_ref<float>(*address).fetch_add(value); }
+inline void add_atomically(float* address, float value) { *address += value; }
 
 // An argument of a launch: an address or a number, as the parameter wants it.
 struct Argument {
@@ -102,28 +130,43 @@ struct Argument {
     operator long long() const { return value; }
 };
 
-// Blocks one after the other, in an order that `seed` says: 0 is by their indices.
-template <typename Kernel> void launch(const Index& grid, unsigned threads, unsigned seed, const Kernel& kernel) {
-    blockDim = {threads, 1, 1};
+// What threads run: all blocks, one after the other.
+inline std::vector<Index> blocks;
+inline void (*run_kernel)(const void*);
+inline const void* kernel_of_launch;
+
+inline void run_blocks() {
+    for (const Index& block : blocks) {
+        blockIdx = block;
+        run_kernel(kernel_of_launch);
+        __syncthreads();
+    }
+    threads[threadIdx.x].done = true;
+    give_way();
+}
+
+// In an order of blocks that `seed` says: 0 is by their indices.
+template <typename Kernel> void launch(const Index& grid, unsigned count, unsigned seed, const Kernel& kernel) {
+    constexpr size_t kStack = 1 << 16;
+    blockDim = {count, 1, 1};
     gridDim = grid;
-    std::vector<Index> blocks;
+    blocks.clear();
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
             for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
     if (seed) std::shuffle(blocks.begin(), blocks.end(), std::mt19937(seed));
-    const auto warps = std::make_unique<Warp[]>((threads + 31) / 32);
-    std::barrier<> block_done(threads);
-    in_block = &block_done;
-    std::vector<std::thread> running;
-    for (unsigned thread = 0; thread < threads; ++thread)
-        running.emplace_back([&, thread] {
-            threadIdx = {thread, 0, 0};
-            in_warp = &warps[thread / 32];
-            for (const Index& block : blocks) {
-                blockIdx = block;
-                kernel();
-                __syncthreads();
-            }
-        });
-    for (std::thread& thread : running) thread.join();
+    in_block = {count};
+    warps = std::vector<Warp>((count + 31) / 32);
+    threads = std::vector<Thread>(count);
+    kernel_of_launch = &kernel;
+    run_kernel = [](const void* k) { (*static_cast<const Kernel*>(k))(); };
+    for (Thread& thread : threads) {
+        thread.stack = std::make_unique_for_overwrite<char[]>(kStack);
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = thread.stack.get();
+        thread.context.uc_stack.ss_size = kStack;
+        makecontext(&thread.context, run_blocks, 0);
+    }
+    threadIdx = {0, 0, 0};
+    swapcontext(&all_done, &threads[0].context);
 }

@@ -1,4 +1,4 @@
-"""CUDA kernels run on the CPU, thread by thread, by `cuda_on_cpu.h`: float32 only, and small problems."""
+"""CUDA kernels run on the CPU by `cuda_on_cpu.h`: float32 only, and small problems."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _compiled(source: str, kernels: tuple[tuple[str, int], ...], directory: Path
     path.with_suffix(".cpp").write_text(text)
     compiler = shutil.which("c++") or shutil.which("g++") or "c++"
     # one rounding per operation, or fused where the GPU's compiler would: either is within the tolerance
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w"]
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-w"]
     command = [compiler, *flags, str(path.with_suffix(".cpp")), "-o", str(path.with_suffix(".so"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

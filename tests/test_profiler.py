@@ -30,11 +30,11 @@ def documented() -> set[str]:
 
 
 def test_kernel_names_are_documented() -> None:
-    """Those of every family and operation, in every way that parameters make it launch."""
+    """Those of every family and operation, in every way that parameters and determinism make it launch."""
     launched = set()
-    for operation, table in product(Operation, TableDtype):
+    for operation, table, deterministic in product(Operation, TableDtype, (False, True)):
         for family in families("cuda", operation, table):
-            problem = Problem(operation, LayerShape(64, 128, 9, 4096), target("sm_90"), table)
+            problem = Problem(operation, LayerShape(64, 128, 9, 4096), target("sm_90"), table, deterministic)
             for parameters in family.candidates(problem):
                 if not family.violations(problem, parameters):
                     steps = family.plan(problem, parameters).steps
