@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from itertools import islice, product
 from random import Random
@@ -25,7 +25,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from lmkan_gen import device as devices
 from lmkan_gen import packing, toolchain
@@ -121,17 +120,18 @@ def main(
         return
     if shutil.which("compute-sanitizer") is None:
         raise typer.BadParameter("compute-sanitizer is not on the path; it comes with the CUDA toolkit")
-    table = Table("tool", "kernels run", "findings", title=devices.cuda(0).name)
+    console = Console()
+    console.print(f"{devices.cuda(0).name}: {count} kernels under {', '.join(tools)}")
     bad = False
     # side by side: the tools' time is the host's
     with ThreadPoolExecutor(len(tools)) as pool:
-        for name, output in zip(tools, pool.map(lambda t: watch(t, random, seed), tools), strict=True):
-            found = findings(output)
+        watched = {pool.submit(watch, name, random, seed): name for name in tools}
+        for done in as_completed(watched):
+            found = findings(done.result())
             bad |= found > 0
-            table.add_row(name, str(count), str(found))
+            console.print(f"{watched[done]}: {found} findings")
             if found:
-                Console(stderr=True).print(output[-4000:], markup=False, highlight=False)
-    Console().print(table)
+                Console(stderr=True).print(done.result()[-4000:], markup=False, highlight=False)
     if bad:
         raise typer.Exit(1)
 

@@ -257,7 +257,7 @@ struct Source {
 
 #define COORDINATE_PARAMETERS const float* __restrict__ inputs, const float* __restrict__ borders
 
-extern "C" __global__ void __launch_bounds__(kThreads, 4)
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
 lmkan_forward(COORDINATE_PARAMETERS, const float* __restrict__ table, float* __restrict__ y,
               index_t batch, index_t pairs, index_t outs, index_t splits) {
     extern __shared__ __align__(1024) float tile[];
