@@ -17,6 +17,7 @@ from lmkan_gen.problem import Operation, Problem, TableDtype
 _WARP = 32
 _REGISTERS = 65536
 _MAX_GRID = 65535  # blocks along the second axis
+_MAX_STAGES = 2**31 - 1
 #: measured on an H200; only their ratios matter
 _CYCLES_PER_US, _COPY_RATE, _LAUNCH_US = 1900.0, 4.0e6, 2.0
 _LATENCY_CYCLES = 800.0  # of the level-2 cache under load: what is asked for should be used no sooner
@@ -42,15 +43,15 @@ class OutputStationary(Family):
         A stage holds the tables of ``pairs`` pairs and ``outs`` outputs; a lane sums over pairs (forward) or
         outputs for ``samples`` samples. Loads of coordinates run ``ahead`` by so many pairs.
         """
-        space: dict[str, tuple[Constant, ...]] = {
-            "pairs": (2, 4, 8, 16),
-            "outs": (4, 8, 16, 32),
+        common: dict[str, tuple[Constant, ...]] = {
             "samples": (1, 2, 3, 4, 6, 8),
-            "threads": (64, 128, 256, 384, 512, 768),
-            "stages": (2, 3, 4),
-            "blocks": (1, 2, 4, 8),
+            "threads": (64, 256, 384, 512),
+            "stages": (2, 4),
+            "blocks": (1, 8),
         }
-        return space | {"ahead": (2, 4, 8)} if operation is Operation.FORWARD else space
+        if operation is Operation.FORWARD:
+            return {"pairs": (2, 4, 8), "outs": (8, 16, 32), "ahead": (2, 4, 8)} | common
+        return {"pairs": (2, 4, 8, 16), "outs": (4, 8, 16)} | common
 
     def shared_memory(self, problem: Problem, parameters: Parameters) -> int:
         """Bytes of dynamic shared memory of one block."""
@@ -61,11 +62,10 @@ class OutputStationary(Family):
         """See base class."""
         shape, device = problem.shape, problem.device
         pairs, outs, samples, threads, stages, ahead = _values(parameters)
-        found = []
         if device.compute_capability < 90:
-            found.append(
-                Violation("architecture", f"bulk copies need sm_90 or newer, {device.name} is {device.arch}")
-            )
+            why = f"bulk copies need sm_90 or newer, {device.name} is {device.arch}"
+            return [Violation("architecture", why)]
+        found = []
         words = outs // _pack(problem)
         if pairs * words % _WARP:
             found.append(
@@ -99,8 +99,16 @@ class OutputStationary(Family):
                     f"outputs need about {needed}",
                 )
             )
-        if -(-shape.outputs // outs) > _MAX_GRID:
-            found.append(Violation("grid", f"more than {_MAX_GRID} tiles of outputs"))
+        tiles = -(-shape.outputs // outs)
+        stages_of_all = tiles * -(-shape.pairs // pairs) * -(-shape.batch // threads)
+        if tiles > _MAX_GRID or stages_of_all > _MAX_STAGES:
+            found.append(
+                Violation(
+                    "grid",
+                    f"{tiles} tiles of outputs and {stages_of_all} stages in all, at most {_MAX_GRID} and "
+                    f"{_MAX_STAGES} can be counted",
+                )
+            )
         return found
 
     def wasted(self, problem: Problem, parameters: Parameters) -> bool:
@@ -128,7 +136,7 @@ class OutputStationary(Family):
         """What a lane keeps: sums, coordinates asked for and at hand, addresses and weights."""
         pairs, outs, samples, _, _, ahead = _values(parameters)
         if problem.operation is Operation.GRAD_INPUT:
-            return 4 * samples * pairs + 2 * outs + 24
+            return 4 * samples * pairs + 2 * (outs + samples) + 20
         narrow = {TableDtype.FLOAT32: 0, TableDtype.INT8: 2 * outs}.get(problem.table, outs // 2)
         return samples * outs + narrow + 4 * ahead + 24
 
@@ -162,8 +170,9 @@ class OutputStationary(Family):
     @staticmethod
     def _default_candidates(problem: Problem) -> Iterator[dict[str, Constant]]:
         forward, is_float = problem.operation is Operation.FORWARD, problem.table is TableDtype.FLOAT32
-        tiles = product((2, 4, 8), (8, 16, 32) if forward else (4, 8, 16))
-        for (pairs, outs), samples, threads in product(tiles, (1, 2, 3, 4, 6, 8), (128, 256, 384, 512)):
+        tiles = product((2, 4, 8), (8, 16, 32)) if forward else product((4, 8), (4, 8, 16))
+        several = (1, 2, 3, 4, 6, 8) if forward else (1, 2, 3, 4)
+        for (pairs, outs), samples, threads in product(tiles, several, (256, 384, 512)):
             parameters: dict[str, Constant] = {"pairs": pairs, "outs": outs, "samples": samples}
             parameters |= {"threads": threads, "stages": 2, "blocks": 1}
             yield parameters | {"ahead": min(pairs, 2 if is_float else 4)} if forward else parameters
@@ -281,10 +290,14 @@ class OutputStationary(Family):
 
 
 def _values(parameters: Parameters) -> tuple[int, int, int, int, int, int]:
-    pairs, outs, samples, threads, stages, ahead = (
-        int(parameters.get(k, 1)) for k in ("pairs", "outs", "samples", "threads", "stages", "ahead")
+    return (
+        int(parameters["pairs"]),
+        int(parameters["outs"]),
+        int(parameters["samples"]),
+        int(parameters["threads"]),
+        int(parameters["stages"]),
+        int(parameters.get("ahead", 1)),
     )
-    return pairs, outs, samples, threads, stages, ahead
 
 
 def _register_limit(parameters: Parameters) -> int:
