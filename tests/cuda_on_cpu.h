@@ -1,10 +1,11 @@
-// Enough of CUDA to run kernels on a CPU, one block after the other. Its threads take turns on one of the CPU's: each
-// runs until it has to wait for others.
+// Enough of CUDA to run kernels on a CPU, one block after the other, its threads taking turns at every barrier.
 // Shared memory is whatever a block leaves behind: as on a GPU, nobody may rely on its contents.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <random>
 #include <ucontext.h>
@@ -31,83 +32,6 @@ template <typename T> T __ldg(const T* address) {
     if (reinterpret_cast<uintptr_t>(address) % sizeof(T)) __builtin_trap();  // a misaligned address
     return *address;
 }
-template <typename To, typename From> To bits_of(From value) {
-    To result;
-    static_assert(sizeof(To) == sizeof(From));
-    std::memcpy(&result, &value, sizeof(To));
-    return result;
-}
-inline float __int_as_float(int v) { return bits_of<float>(v); }
-inline float __uint_as_float(unsigned v) { return bits_of<float>(v); }
-inline int __float_as_int(float v) { return bits_of<int>(v); }
-inline int __float2int_rd(float v) { return v != v ? 0 : int(std::floor(std::clamp(v, -2147483648.0f, 2147483520.0f))); }
-inline int __popc(unsigned v) { return __builtin_popcount(v); }
-inline int atomicAdd(int* address, int value) { return (*address += value) - value; }
-
-Index threadIdx, blockIdx, blockDim, gridDim;
-
-// A thread of the block, with a stack of its own.
-struct Thread {
-    ucontext_t context;
-    bool done = false;
-    std::unique_ptr<char[]> stack;
-};
-inline std::vector<Thread> threads;
-inline ucontext_t all_done;
-
-// Lets the next thread run.
-inline void give_way() {
-    const unsigned own = threadIdx.x, count = threads.size();
-    unsigned next = (own + 1) % count;
-    while (threads[next].done && next != own) next = (next + 1) % count;
-    threadIdx.x = next;
-    if (next != own) swapcontext(&threads[own].context, &threads[next].context);
-    else if (threads[own].done) setcontext(&all_done);
-}
-
-struct Barrier {
-    unsigned expected, arrived = 0, generation = 0;
-
-    void arrive_and_wait() {
-        const unsigned mine = generation;
-        if (++arrived == expected) arrived = 0, ++generation;
-        while (mine == generation) give_way();
-    }
-};
-inline Barrier in_block;
-inline void __syncthreads() { in_block.arrive_and_wait(); }
-
-// What lanes of a warp show each other. All of them take part, whatever the mask.
-struct Warp {
-    Barrier barrier{32};
-    unsigned shown[32];
-};
-inline std::vector<Warp> warps;
-inline void __syncwarp() { warps[threadIdx.x / 32].barrier.arrive_and_wait(); }
-template <typename T, typename Look> auto shown(T value, Look look) {
-    __syncwarp();
-    Warp& warp = warps[threadIdx.x / 32];
-    warp.shown[threadIdx.x % 32] = bits_of<unsigned>(value);
-    __syncwarp();
-    return look([&](int lane) { return bits_of<T>(warp.shown[lane]); });
-}
-template <typename T> T __shfl_sync(unsigned, T value, int lane) {
-    return shown(value, [&](auto of) { return of(lane); });
-}
-template <typename T> T __shfl_up_sync(unsigned, T value, int by) {
-    const int lane = threadIdx.x % 32;
-    return shown(value, [&](auto of) { return of(lane >= by ? lane - by : lane); });
-}
-template <typename T> T __shfl_xor_sync(unsigned, T value, int mask) {
-    return shown(value, [&](auto of) { return of(int(threadIdx.x % 32) ^ mask); });
-}
-inline unsigned __ballot_sync(unsigned, int set) {
-    return shown(set, [&](auto of) {
-        unsigned bits = 0;
-        for (int lane = 0; lane < 32; ++lane) bits |= unsigned(of(lane) != 0) << lane;
-        return bits;
-    });
-}
 
 using std::max;
 using std::min;
@@ -115,13 +39,110 @@ using std::min;
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static
-#define __align__(n) alignas(n)
 #define __launch_bounds__(...)
-#define asm if (false) asm  // prefetches
+#define __restrict__
+#define __align__(bytes) alignas(bytes)
 
-alignas(16) inline char dynamic_shared_memory[1 << 18];
-// In place of an addition by one instruction.
-inline void add_atomically(float* address, float value) { *address += value; }
+Index threadIdx, blockIdx, blockDim, gridDim;
+alignas(1024) unsigned char shared_memory[256 * 1024];  // what a launch asks for; its addresses are offsets
+inline unsigned __cvta_generic_to_shared(const void* address) {
+    return unsigned(static_cast<const unsigned char*>(address) - shared_memory);
+}
+
+// Of a barrier that copies arrive at, by its address: the number of its current phase.
+inline unsigned& phase_of(unsigned barrier) {
+    static std::map<unsigned, unsigned> phases;
+    return phases[barrier];
+}
+
+struct Thread {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStack]};
+    bool done;
+    static constexpr size_t kStack = 1 << 17;
+};
+std::vector<Thread> threads_of_block;
+ucontext_t between_turns;
+inline void end_turn() { swapcontext(&threads_of_block[threadIdx.x].context, &between_turns); }
+
+// A thread that has returned is waited for no longer.
+struct Barrier {
+    unsigned expected, arrived = 0, passed = 0;
+    void wait() {
+        const unsigned before = passed;
+        ++arrived;
+        open();
+        while (passed == before) end_turn();
+    }
+    void leave() {
+        --expected;
+        open();
+    }
+    void open() {
+        if (arrived == expected) arrived = 0, ++passed;
+    }
+};
+struct Warp {
+    Barrier barrier{32};
+    uint64_t values[32];
+};
+Barrier block_barrier;
+std::vector<Warp> warps_of_block;
+
+inline void __syncthreads() { block_barrier.wait(); }
+bool any_vote;
+inline bool __syncthreads_or(int mine) {
+    any_vote |= mine != 0;
+    __syncthreads();
+    const bool any = any_vote;
+    __syncthreads();
+    any_vote = false;
+    __syncthreads();
+    return any;
+}
+inline void __syncwarp() { warps_of_block[threadIdx.x / 32].barrier.wait(); }
+template <typename T> T from_lane(T mine, int lane) {
+    Warp& warp = warps_of_block[threadIdx.x / 32];
+    std::memcpy(&warp.values[threadIdx.x % 32], &mine, sizeof mine);
+    warp.barrier.wait();
+    if (lane >= 0 && lane < 32) std::memcpy(&mine, &warp.values[lane], sizeof mine);
+    warp.barrier.wait();
+    return mine;
+}
+template <typename T> T __shfl_sync(unsigned, T mine, int lane) { return from_lane(mine, lane); }
+template <typename T> T __shfl_xor_sync(unsigned, T mine, int mask) { return from_lane(mine, int(threadIdx.x % 32) ^ mask); }
+template <typename T> T __shfl_up_sync(unsigned, T mine, int step) { return from_lane(mine, int(threadIdx.x % 32) - step); }
+
+inline unsigned __ballot_sync(unsigned, int set) {
+    unsigned bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= unsigned(from_lane(set, lane) != 0) << lane;
+    return bits;
+}
+inline unsigned __reduce_or_sync(unsigned, unsigned mine) {
+    unsigned all = 0;
+    for (int lane = 0; lane < 32; ++lane) all |= from_lane(mine, lane);
+    return all;
+}
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+
+template <typename T> T atomicAdd(T* address, T value) { return std::atomic_ref<T>(*address).fetch_add(value); }
+
+inline int __float_as_int(float v) { int bits; std::memcpy(&bits, &v, 4); return bits; }
+inline unsigned __float_as_uint(float v) { return unsigned(__float_as_int(v)); }
+inline float __int_as_float(int v) { float value; std::memcpy(&value, &v, 4); return value; }
+inline float __uint_as_float(unsigned v) { return __int_as_float(int(v)); }
+inline int __float2int_rd(float v) { return v != v ? 0 : int(std::floor(std::clamp(v, -2147483648.0f, 2147483520.0f))); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline int __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    const uint64_t both = uint64_t(b) << 32 | a;
+    unsigned result = 0;
+    for (int k = 0; k < 4; ++k) result |= unsigned(both >> 8 * (selector >> 4 * k & 7) & 0xff) << 8 * k;
+    return int(result);
+}
+inline int dot2(int weights, int corners, int first, int sum) {  // two 16-bit weights, bytes from the first one on
+    for (int k = 0; k < 2; ++k) sum += int16_t(weights >> 16 * k) * int8_t(corners >> 8 * (first + k));
+    return sum;
+}
 
 // An argument of a launch: an address or a number, as the parameter wants it.
 struct Argument {
@@ -130,43 +151,44 @@ struct Argument {
     operator long long() const { return value; }
 };
 
-// What threads run: all blocks, one after the other.
-inline std::vector<Index> blocks;
-inline void (*run_kernel)(const void*);
-inline const void* kernel_of_launch;
-
-inline void run_blocks() {
-    for (const Index& block : blocks) {
-        blockIdx = block;
-        run_kernel(kernel_of_launch);
-        __syncthreads();
-    }
-    threads[threadIdx.x].done = true;
-    give_way();
+template <typename Kernel> const Kernel* running;
+template <typename Kernel> void run_thread() {
+    (*running<Kernel>)();
+    warps_of_block[threadIdx.x / 32].barrier.leave();
+    block_barrier.leave();
+    threads_of_block[threadIdx.x].done = true;
+    end_turn();
 }
 
-// In an order of blocks that `seed` says: 0 is by their indices.
-template <typename Kernel> void launch(const Index& grid, unsigned count, unsigned seed, const Kernel& kernel) {
-    constexpr size_t kStack = 1 << 16;
-    blockDim = {count, 1, 1};
-    gridDim = grid;
-    blocks.clear();
-    for (unsigned z = 0; z < grid.z; ++z)
-        for (unsigned y = 0; y < grid.y; ++y)
-            for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
+// One block after the other, in an order that `seed` says: 0 is by their indices.
+template <typename Kernel> void launch(const unsigned* grid, unsigned threads, unsigned seed, const Kernel& kernel) {
+    blockDim = {threads, 1, 1};
+    gridDim = {grid[0], grid[1], grid[2]};
+    running<Kernel> = &kernel;
+    threads_of_block.resize(threads);
+    std::vector<Index> blocks;
+    for (unsigned z = 0; z < grid[2]; ++z)
+        for (unsigned y = 0; y < grid[1]; ++y)
+            for (unsigned x = 0; x < grid[0]; ++x) blocks.push_back({x, y, z});
     if (seed) std::shuffle(blocks.begin(), blocks.end(), std::mt19937(seed));
-    in_block = {count};
-    warps = std::vector<Warp>((count + 31) / 32);
-    threads = std::vector<Thread>(count);
-    kernel_of_launch = &kernel;
-    run_kernel = [](const void* k) { (*static_cast<const Kernel*>(k))(); };
-    for (Thread& thread : threads) {
-        thread.stack = std::make_unique_for_overwrite<char[]>(kStack);
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = thread.stack.get();
-        thread.context.uc_stack.ss_size = kStack;
-        makecontext(&thread.context, run_blocks, 0);
+    for (const Index& block : blocks) {
+        blockIdx = block;
+        block_barrier = {threads};
+        warps_of_block.assign((threads + 31) / 32, Warp{});
+        for (Thread& thread : threads_of_block) {
+            getcontext(&thread.context);
+            thread.context.uc_stack.ss_sp = thread.stack.get();
+            thread.context.uc_stack.ss_size = Thread::kStack;
+            makecontext(&thread.context, run_thread<Kernel>, 0);
+            thread.done = false;
+        }
+        for (unsigned left = threads; left;) {
+            for (unsigned t = 0; t < threads; ++t) {
+                if (threads_of_block[t].done) continue;
+                threadIdx = {t, 0, 0};
+                swapcontext(&between_turns, &threads_of_block[t].context);
+                left -= threads_of_block[t].done;
+            }
+        }
     }
-    threadIdx = {0, 0, 0};
-    swapcontext(&all_done, &threads[0].context);
 }

@@ -1,4 +1,8 @@
-"""CUDA kernels run on the CPU by `cuda_on_cpu.h`: float32 only, and small problems."""
+"""CUDA kernels run on the CPU, thread by thread: their results are checked where there is no GPU.
+
+Instructions that sources name in assembly are put in C++; of those that narrow 16-bit tables need there are
+none here.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import hashlib
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -15,10 +19,46 @@ import torch
 from torch import Tensor
 
 from lmkan_gen import codegen
-from lmkan_gen.plan import Fill, KernelSpec, LaunchPlan, Stride
+from lmkan_gen.families import Family
+from lmkan_gen.families.base import Parameters
+from lmkan_gen.plan import Fill, KernelSpec, Launch, LaunchPlan, Stride
+from lmkan_gen.problem import Problem
 
-_ADDITION = re.compile(r'asm volatile\("red\.global\.add\.f32 .*?\(address\), "f"\(value\) : "memory"\);')
-_DYNAMIC = re.compile(r"extern __shared__ (?:__align__\(16\) )?(\w+) (\w+)\[\];")
+Run = Callable[[Mapping[str, Tensor]], None]
+
+#: by the beginning of an instruction, with the operands that the sources give it
+_INSTRUCTIONS = {
+    "prefetch": ";",
+    "ld.shared.b32": "value = *reinterpret_cast<const word_t*>(shared_memory + address);",
+    "ld.global.v2.f32": "value = *address;",
+    "ld.global.f32": "value = *address;",
+    "cp.async.wait_all": ";",
+    "fence.mbarrier_init": ";",
+    "mbarrier.init": "phase_of(barriers + 8 * k) = 0;",
+    "mbarrier.arrive.expect_tx": ";",
+    "cp.async.bulk": (
+        "std::memcpy(shared_memory + tables + into * kStageBytes, from, kStageBytes); ++phase_of(barrier);"
+    ),
+    # the first word of mbarrier.try_wait
+    ".reg": "done = (phase_of(barriers + 8 * stage) & 1) != phase; if (!done) end_turn();",
+    "cp.async": (
+        "std::memcpy(std::memset(shared_memory + target + 4 * kCopy * k, 0, 4 * kCopy), source, bytes);"
+    ),
+    "red.global.add.f32": "std::atomic_ref<float>(*address).fetch_add(value);",
+    "dp2a.lo": "sum = dot2(weights, corners, 0, sum);",
+    "dp2a.hi": "sum = dot2(weights, corners, 2, sum);",
+}
+_ASSEMBLY = re.compile(r'\basm(?: volatile)?\(\s*"(?:\{ )?([\w.]+).*?\);$', re.DOTALL | re.MULTILINE)
+_DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
+
+
+def _in_cpp(source: str) -> str:
+    def instruction(match: re.Match[str]) -> str:
+        name = match[1]
+        return next(code for known, code in _INSTRUCTIONS.items() if name.startswith(known))
+
+    source = _DYNAMIC_SHARED.sub(r"\1* const \2 = reinterpret_cast<\1*>(shared_memory);", source)
+    return _ASSEMBLY.sub(instruction, source)
 
 
 def run(
@@ -27,23 +67,36 @@ def run(
     """Run all steps of ``plan``; the result is its workspaces, which were poisoned.
 
     Args:
-        spec: of the kernels; float32 only, and for sums an architecture before sm_90, which adds one by one.
+        spec: of the kernels. Sums want an architecture before sm_90, which adds one by one.
+        plan: what to run.
         directory: for what is compiled.
-        buffers: contiguous CPU tensors, outputs included.
+        buffers: CPU tensors, outputs included.
         seed: the order of blocks; 0: by their indices.
     """
-    kernels = {s.kernel: len(s.arguments) for s in plan.steps if not isinstance(s, Fill)}
-    library = _compiled(codegen.render(spec), tuple(sorted(kernels.items())), directory)
+    kernels = {s.kernel: len(s.arguments) for s in plan.steps if isinstance(s, Launch)}
+    library = _library(spec, tuple(sorted(kernels.items())), directory)
     scratch = {w.name: torch.full((w.bytes,), 0xFF, dtype=torch.uint8) for w in plan.workspaces}
     everything = {**buffers, **scratch}
     for step in plan.steps:
         if isinstance(step, Fill):
             everything[step.buffer].zero_()
             continue
-        values = [_value(a, everything) for a in step.arguments]
-        arguments = (ctypes.c_int64 * len(values))(*values)
-        library[f"call_{step.kernel}"](*step.grid, step.block, seed, arguments)
+        arguments = (ctypes.c_int64 * len(step.arguments))(*(_value(a, everything) for a in step.arguments))
+        grid = (ctypes.c_uint * 3)(*step.grid)
+        library[f"call_{step.kernel}"](grid, step.block, seed, arguments)
     return scratch
+
+
+def prepare(family: Family, problem: Problem, parameters: Parameters, directory: Path) -> Run:
+    """What runs a family's plan on named buffers in the CPU's memory."""
+    family.check(problem.operation, parameters)
+    assert not family.violations(problem, parameters)
+    spec, plan = family.spec(problem, parameters), family.plan(problem, parameters)
+
+    def of_plan(buffers: Mapping[str, Tensor]) -> None:
+        run(spec, plan, directory, buffers)
+
+    return of_plan
 
 
 def _value(argument: str | int | Stride, buffers: Mapping[str, Tensor]) -> int:
@@ -53,21 +106,19 @@ def _value(argument: str | int | Stride, buffers: Mapping[str, Tensor]) -> int:
 
 
 @cache
-def _compiled(source: str, kernels: tuple[tuple[str, int], ...], directory: Path) -> ctypes.CDLL:
+def _library(spec: KernelSpec, kernels: tuple[tuple[str, int], ...], directory: Path) -> ctypes.CDLL:
     """The kernels of a CUDA source, by name and number of arguments, as functions of the CPU."""
     calls = []
     for name, count in kernels:
         arguments = ", ".join(f"Argument{{a[{k}]}}" for k in range(count))
         calls.append(
-            f'extern "C" void call_{name}(unsigned x, unsigned y, unsigned z, '
-            "unsigned threads, unsigned seed, const int64_t* a) {\n"
-            f"    launch({{x, y, z}}, threads, seed, [&] {{ {name}({arguments}); }});\n"
+            f'extern "C" void call_{name}(const unsigned* grid, unsigned threads, unsigned seed, '
+            "const int64_t* a) {\n"
+            f"    launch(grid, threads, seed, [&] {{ {name}({arguments}); }});\n"
             "}\n"
         )
     header = Path(__file__).with_name("cuda_on_cpu.h").read_text()
-    source = _ADDITION.sub("add_atomically(address, value);", source)
-    source = _DYNAMIC.sub(r"\1* \2 = reinterpret_cast<\1*>(dynamic_shared_memory);", source)
-    text = "\n".join((header, source, *calls))
+    text = "\n".join((header, _in_cpp(codegen.render(spec)), *calls))
     path = directory / hashlib.sha256(text.encode()).hexdigest()[:16]
     path.with_suffix(".cpp").write_text(text)
     compiler = shutil.which("c++") or shutil.which("g++") or "c++"

@@ -28,7 +28,7 @@ from lmkan_gen.packing import pack, unpack
 from lmkan_gen.plan import Constant
 from lmkan_gen.problem import CALL_OPERATIONS, DEFAULT_WORKSPACE, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuner.verify import make_inputs
-from tests import layouts, turns
+from tests import emulation, layouts
 
 CPU = torch.device("cpu")
 FLOAT32, INT8 = TableDtype.FLOAT32, TableDtype.INT8
@@ -57,7 +57,12 @@ TILES: dict[str, Constant] = {
 WIDE: dict[str, Constant] = {**TILES, "pairs": 32}
 FUSED: dict[str, Constant] = {"pairs": 2, "outs": 4, "threads": 128, "mode": "normal"}
 SORTED: dict[str, Constant] = {"items": 1, "segment": 32, "vector": 1, "unroll": 2, "blocks": 2}
+STREAMED: dict[str, Constant] = {
+    "pairs": 4, "outs": 8, "samples": 2, "threads": 64, "stages": 2, "blocks": 1,
+}  # fmt: skip
 ROWS: dict[str, Constant] = {"warps": 2, "vector": 1, "unroll": 2}
+#: so few multiprocessors that each block has several items of work, and pieces of others
+STREAMING = replace(devices.target("sm_90"), multiprocessors=3)
 #: family, operation, table, parameters; inputs, outputs, batch
 EMULATED: list[tuple[str, Operation, TableDtype, dict[str, Constant], tuple[int, int, int]]] = [
     ("tile_stationary", Operation.FORWARD, FLOAT32, {**TILES, "coordinates": "prepass"}, (11, 9, 75)),
@@ -66,6 +71,9 @@ EMULATED: list[tuple[str, Operation, TableDtype, dict[str, Constant], tuple[int,
     ("tile_stationary", Operation.FORWARD, INT8, {**TILES, "coordinates": "prepass"}, (11, 9, 75)),
     ("tile_stationary", Operation.GRAD_INPUT, FLOAT32, {**TILES, "coordinates": "prepass"}, (11, 9, 75)),
     ("tile_stationary", Operation.BACKWARD, FLOAT32, FUSED, (7, 5, 75)),
+    ("output_stationary", Operation.FORWARD, FLOAT32, {**STREAMED, "ahead": 2}, (19, 11, 333)),
+    ("output_stationary", Operation.FORWARD, INT8, {**STREAMED, "ahead": 4}, (19, 11, 333)),
+    ("output_stationary", Operation.GRAD_INPUT, FLOAT32, STREAMED, (19, 11, 333)),
     ("cell_sorted", Operation.BACKWARD, FLOAT32, SORTED, (7, 5, 75)),
     ("cell_sorted", Operation.GRAD_INPUT, FLOAT32, SORTED, (4, 260, 40)),  # outputs of two blocks
     ("cell_sorted", Operation.GRAD_TABLE, FLOAT32, SORTED, (3, 4, 1030)),  # two slabs
@@ -93,18 +101,20 @@ def test_cuda_kernel_in_emulation(
     chosen = ("batch_first",) if few else layouts.LAYOUTS
     # the fixed order of sorted gradients has a sort of its own
     fixed = (False, True) if name == "cell_sorted" and outputs < 100 else (False,)
-    for layout, deterministic in product(chosen, fixed):
+    # tables that change are arranged by a kernel
+    constants = (True, False) if name == "output_stationary" and operation is Operation.FORWARD else (True,)
+    for layout, deterministic, constant in product(chosen, fixed, constants):
         problem = Problem(
             operation,
             LayerShape(inputs, outputs, 4, batch),
-            devices.target("sm_80"),
+            STREAMING if name == "output_stationary" else devices.target("sm_80"),
             table,
             deterministic=deterministic,
-            constant=True,
+            constant=constant,
             workspace=DEFAULT_WORKSPACE if deterministic else 1,  # 1: as many slabs as possible
             strided=layout != "batch_last",
         )
-        run = turns.prepare(kind, problem, parameters, directory)
+        run = emulation.prepare(kind, problem, parameters, directory)
         layouts.check(problem, layout, run, kind.plan(problem, parameters), CPU)
 
 
