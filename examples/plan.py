@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.progress import Progress, track
 from torch import Tensor, nn
 
-from examples.comparison import LMKAN, Result, Results, best_device, evaluate, tf32
+from examples.comparison import LMKAN, Result, Results, best_device, evaluate, lmkan, mlp, tf32
 from examples.summary import draw_pareto, print_summary
 from lmkan_gen import device as devices
 from lmkan_gen import toolchain
 from lmkan_gen.ahead import kernels
 from lmkan_gen.model_tuning import layer_shapes
 from lmkan_gen.problem import TableDtype
+
+HIDDEN_LAYERS = 2
 
 
 class Task(ABC):
@@ -46,9 +48,19 @@ class Task(ABC):
     def batches(self) -> tuple[int, ...]:
         """Of training and of `error`."""
 
+    @property
     @abstractmethod
+    def grids(self) -> int:
+        """Of the lmKANs."""
+
     def build(self, name: str, width: int) -> nn.Module:
         """An untrained model on `best_device`."""
+        model: nn.Module = (
+            lmkan(self.inputs, width, HIDDEN_LAYERS, self.grids)
+            if name == LMKAN
+            else mlp(self.inputs, width, HIDDEN_LAYERS)
+        )
+        return model.to(best_device())
 
     @abstractmethod
     def fit(self, model: nn.Module, progress: Callable[[int], Iterable[int]]) -> None:

@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from examples.comparison import (
-    LMKAN,
     best_device,
     call,
-    lmkan,
-    mlp,
     paper_schedule,
     standard_scale,
     tf32,
@@ -27,7 +24,7 @@ from examples.comparison import (
 from examples.plan import Task
 from examples.training import train
 
-INPUTS, HIDDEN_LAYERS = 32, 2
+INPUTS = 32
 SEED = 0
 #: test batches have numbers that no training batch has
 _FIRST_TEST_BATCH = 2**30
@@ -134,7 +131,7 @@ def _scaled(layer: nn.Linear) -> nn.Linear:
 
 @dataclass(frozen=True)
 class FunctionApproximation(Task):
-    """See `examples.comparison.Task`."""
+    """See `Task`."""
 
     preset: Preset
     directory: Path
@@ -169,14 +166,10 @@ class FunctionApproximation(Task):
     def _samples(self) -> Samples:
         return Samples(self.preset, self.steps, self._labels)
 
-    def build(self, name: str, width: int) -> nn.Module:
-        """See `Task`."""
-        model: nn.Module = (
-            lmkan(INPUTS, width, HIDDEN_LAYERS, self.preset.grids)
-            if name == LMKAN
-            else mlp(INPUTS, width, HIDDEN_LAYERS)
-        )
-        return model.to(best_device())
+    @property
+    def grids(self) -> int:
+        """Of the lmKANs."""
+        return self.preset.grids
 
     def fit(self, model: nn.Module, progress: Callable[[int], Iterable[int]]) -> None:
         """See `Task`."""

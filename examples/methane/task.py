@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from examples.comparison import LMKAN, best_device, call, lmkan, mlp, paper_schedule, standard_scale
+from examples.comparison import best_device, call, paper_schedule, standard_scale
 from examples.methane.generate import RADIUS, load
 from examples.plan import Task
 from examples.training import train
 from lmkan_gen.fitting import Curve, FittingSchedule, Phase
 
-INPUTS, HIDDEN_LAYERS = 12, 2
+INPUTS = 12
 SEED = 0
 #: Å to inputs of unit variance: coordinates of points uniform in a sphere have that of radius^2 / 5. The
 #: largest input is then sqrt(5) = 2.2, inside the outermost inner knots of all grids of 19 cells and more,
@@ -135,7 +135,7 @@ def gradients_of(model: nn.Module, positions: Tensor, create_graph: bool) -> tup
 
 @dataclass(frozen=True)
 class Methane(Task):
-    """See `examples.comparison.Task`."""
+    """See `Task`."""
 
     preset: Preset
     data: Path
@@ -163,14 +163,10 @@ class Methane(Task):
         """Loaded when first asked for."""
         return Samples(self.data, self.preset.test_samples)
 
-    def build(self, name: str, width: int) -> nn.Module:
-        """See `Task`."""
-        model: nn.Module = (
-            lmkan(INPUTS, width, HIDDEN_LAYERS, self.preset.grids)
-            if name == LMKAN
-            else mlp(INPUTS, width, HIDDEN_LAYERS)
-        )
-        return model.to(best_device())
+    @property
+    def grids(self) -> int:
+        """Of the lmKANs."""
+        return self.preset.grids
 
     def fit(self, model: nn.Module, progress: Callable[[int], Iterable[int]]) -> None:
         """See `Task`."""
