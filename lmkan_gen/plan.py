@@ -72,6 +72,10 @@ def strides(buffer: str) -> tuple[Stride, Stride]:
     return Stride(buffer, 0), Stride(buffer, 1)
 
 
+#: of a launch: a buffer's name, a number, or a stride
+Argument = str | int | Stride
+
+
 @dataclass(frozen=True)
 class Launch:
     """Start one kernel (CUDA) or call one function (CPU).
@@ -81,7 +85,7 @@ class Launch:
     """
 
     kernel: str
-    arguments: tuple[str | int | Stride, ...]
+    arguments: tuple[Argument, ...]
     grid: tuple[int, int, int] = (1, 1, 1)
     block: int = 1
     shared_memory: int = 0
@@ -115,5 +119,5 @@ class LaunchPlan:
         return frozenset(a for a in self._arguments if isinstance(a, Stride))
 
     @property
-    def _arguments(self) -> Iterator[str | int | Stride]:
+    def _arguments(self) -> Iterator[Argument]:
         return (a for step in self.steps if isinstance(step, Launch) for a in step.arguments)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lmkan_gen.families.base import Family, Parameters, Violation
-from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Stride, Workspace, strides
+from lmkan_gen.plan import Argument, Constant, Fill, KernelSpec, Launch, LaunchPlan, Workspace, strides
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
 _WARP = 32
@@ -251,7 +251,7 @@ class CellSorted(Family):
             )
             for skipped in range(0, chunks, division.together):
                 walked = min(division.together, chunks - skipped)
-                arguments: list[str | int | Stride] = ["records", "rows"]
+                arguments: list[Argument] = ["records", "rows"]
                 if with_input:
                     arguments += ["packed", "borders", "grad_x", *(batch or strides("grad_x")), first]
                 if with_table:

@@ -9,12 +9,12 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import product
 
+from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.packing import SCALE_PAIRS, stages_name
-from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
+from lmkan_gen.plan import Argument, Constant, KernelSpec, Launch, LaunchPlan, Workspace
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
-_WARP = 32
 _REGISTERS = 65536
 _MAX_GRID = 65535  # blocks along the second axis
 _MAX_STAGES = 2**31 - 1
@@ -66,12 +66,12 @@ class OutputStationary(Family):
             why = f"bulk copies need sm_90 or newer, {device.name} is {device.arch}"
             return [Violation("architecture", why)]
         found = []
-        words = outs // _pack(problem)
-        if pairs * words % _WARP:
+        words = outs // lanes.pack(problem)
+        if pairs * words % lanes.WARP:
             found.append(
                 Violation(
                     "tile",
-                    f"a row of {pairs} pairs x {words} words is no multiple of the {_WARP} banks",
+                    f"a row of {pairs} pairs x {words} words is no multiple of the {lanes.WARP} banks",
                 )
             )
         blocks = int(parameters["blocks"])
@@ -151,7 +151,7 @@ class OutputStationary(Family):
         """Faster than tiles that stay, where there are samples enough for every multiprocessor."""
         shape = problem.shape
         width = shape.outputs if problem.operation is Operation.FORWARD else shape.pairs
-        enough = shape.batch * width >= 256 * _WARP * problem.device.multiprocessors
+        enough = shape.batch * width >= 256 * lanes.WARP * problem.device.multiprocessors
         return 0.5 if enough else -0.5
 
     def default(self, problem: Problem) -> Parameters | None:
@@ -181,7 +181,7 @@ class OutputStationary(Family):
         """A rough time in microseconds; ranks candidates where nothing was tuned."""
         shape, forward = problem.shape, problem.operation is Operation.FORWARD
         pairs, outs, samples, threads, _, ahead = _values(parameters)
-        warps = threads // _WARP
+        warps = threads // lanes.WARP
         reads = {TableDtype.FLOAT32: 4, TableDtype.INT8: 1}.get(problem.table, 2)
         # of a warp for 32 samples and a stage: passes of the data path, and instructions
         passes = reads * pairs * outs + (4 * pairs if forward else 2 * outs)
@@ -210,83 +210,58 @@ class OutputStationary(Family):
 
     def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
         """See base class."""
-        shape = problem.shape
         pairs, outs, samples, threads, stages, ahead = _values(parameters)
-        constants: dict[str, Constant] = {
-            "operation": str(problem.operation),
-            "grids": shape.grids,
-            "pairs": pairs,
-            "outs": outs,
+        constants = lanes.constants(problem, pairs, outs) | {
             "samples": samples,
             "threads": threads,
             "stages": stages,
             "ahead": ahead,
             "blocks": int(parameters["blocks"]),
             "coordinates": "prepass",
-            "partial": int(bool(shape.inputs % (2 * pairs) or shape.outputs % outs)),
-            "strided": int(not problem.is_plain),
-            "odd": shape.inputs % 2,
-            "table": str(problem.table),
-            "scale_pairs": SCALE_PAIRS,
         }
         return KernelSpec.make("output_stationary.cu.j2", problem.device.arch, constants)
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""
-        shape = problem.shape
+        shape, forward = problem.shape, problem.operation is Operation.FORWARD
         pairs, outs, samples, threads, _, _ = _values(parameters)
-        units, warps = -(-shape.batch // _WARP), threads // _WARP
+        warps = threads // lanes.WARP
         pair_tiles, out_tiles = -(-shape.pairs // pairs), -(-shape.outputs // outs)
-        jobs, spare = pair_tiles * units, samples * warps
-        words = outs // _pack(problem)
-        workspaces = [Workspace("coordinates", 8 * pairs * _WARP * (jobs + spare))]
-        far = ("far",) if problem.table is TableDtype.INT8 else ()
-        workspaces.extend(Workspace(name, 4 * jobs) for name in far)
-        steps = []
-        blocks = min(-(-(jobs + spare) // 8), 16 * problem.device.multiprocessors)
-        layout = () if problem.is_plain else strides("x")
-        coordinates = ("x", "borders", "coordinates", *far, shape.batch, shape.pairs, *layout)
-        steps.append(Launch("lmkan_coordinates", coordinates, (blocks, 1, 1), 256))
-        table = "table" if problem.table is TableDtype.FLOAT32 else "words"
-        scales = ("scales",) if problem.table is TableDtype.INT8 else ()
-        if problem.constant and problem.operation is Operation.FORWARD:
-            stages = stages_name(pairs, words)
+        table_bytes = out_tiles * pair_tiles * _stage_bytes(problem, pairs, outs)
+        workspaces, launch = lanes.prepass(problem, pairs, spare=samples * warps)
+        steps = [launch]
+        if problem.constant and forward:
+            stages = stages_name(pairs, outs // lanes.pack(problem))
         else:
             stages = "stages"
-            size = out_tiles * pair_tiles * _stage_bytes(problem, pairs, outs)
-            workspaces.append(Workspace(stages, size))
-            arguments = (table, *scales, stages, shape.pairs, -(-shape.outputs // _pack(problem)))
-            grid = (_rows(problem), out_tiles, 1)
-            steps.append(Launch("lmkan_arrange_table", arguments, grid, 256))
-        if problem.operation is Operation.FORWARD:
-            tiles, buffers = out_tiles, ["y"]
-        else:
-            tiles, buffers = pair_tiles, ["grad", "grad_x"]
+            workspaces.append(Workspace(stages, table_bytes))
+            words = -(-shape.outputs // lanes.pack(problem))
+            arguments: tuple[Argument, ...] = (
+                *lanes.table_buffers(problem),
+                stages,
+                shape.pairs,
+                words,
+            )
+            steps.append(Launch("lmkan_arrange_table", arguments, (lanes.rows(problem), out_tiles, 1), 256))
+        borders: tuple[str, ...] = () if forward else ("borders",)
+        buffers: tuple[str, ...] = ("y",) if forward else ("grad", "grad_x")
+        tiles = out_tiles if forward else pair_tiles
         groups = -(-shape.batch // (samples * threads))
-        table_bytes = out_tiles * pair_tiles * _stage_bytes(problem, pairs, outs)
         together = self._together(problem, tiles, groups, table_bytes)
-        borders = () if problem.operation is Operation.FORWARD else ("borders",)
         sizes = (shape.batch, shape.pairs, shape.outputs)
+        # a column of samples is the least that a block works on
+        columns = -(-shape.batch // threads) * tiles
+        blocks = min(problem.device.multiprocessors * int(parameters["blocks"]), columns)
         steps.append(
             Launch(
                 f"lmkan_{problem.operation}",
                 ("coordinates", *borders, stages, *buffers, *sizes, together),
-                (
-                    min(
-                        problem.device.multiprocessors * int(parameters["blocks"]), -(-units // warps) * tiles
-                    ),
-                    1,
-                    1,
-                ),
+                (blocks, 1, 1),
                 threads,
                 self.shared_memory(problem, parameters),
             )
         )
-        if far:
-            blocks = min(-(-shape.batch // 256), 8 * problem.device.multiprocessors)
-            arguments = ("x", "borders", table, *scales, *far, "y", *sizes, *layout)
-            steps.append(Launch("lmkan_far_samples", arguments, (blocks, 1, 1), 256))
-        return LaunchPlan(tuple(workspaces), tuple(steps))
+        return LaunchPlan(tuple(workspaces), (*steps, *lanes.far_samples(problem)))
 
 
 def _values(parameters: Parameters) -> tuple[int, int, int, int, int, int]:
@@ -305,20 +280,10 @@ def _register_limit(parameters: Parameters) -> int:
     return min(255, _REGISTERS // (int(parameters["threads"]) * int(parameters["blocks"])) // 8 * 8)
 
 
-def _pack(problem: Problem) -> int:
-    """Outputs whose values share a 32-bit word of the table."""
-    return 2 if problem.table in (TableDtype.FLOAT16, TableDtype.BFLOAT16) else 1
-
-
-def _rows(problem: Problem) -> int:
-    """Rows of words in a table: one per knot, or per cell where a word holds a cell's corners."""
-    return problem.shape.grids**2 if problem.table is TableDtype.INT8 else problem.shape.knots
-
-
 def _stage_bytes(problem: Problem, pairs: int, outs: int) -> int:
     """Bytes of a stage: tables, and with int8 the scales of its outputs."""
-    scales = -(-outs // _WARP) * _WARP if problem.table is TableDtype.INT8 else 0
-    return 4 * (_rows(problem) * pairs * outs // _pack(problem) + scales)
+    scales = -(-outs // lanes.WARP) * lanes.WARP if problem.table is TableDtype.INT8 else 0
+    return 4 * (lanes.rows(problem) * pairs * outs // lanes.pack(problem) + scales)
 
 
 FAMILY = OutputStationary()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Demand, Family, Parameters, Violation
 from lmkan_gen.packing import SCALE_PAIRS
-from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Workspace, strides
+from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Workspace
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
 #: operations on narrow tables; int8 is for inference
@@ -19,7 +20,6 @@ _NARROW = {
     TableDtype.BFLOAT16: (Operation.FORWARD, Operation.GRAD_INPUT),
     TableDtype.INT8: (Operation.FORWARD,),
 }
-_WARP = 32
 _LEAST_REGISTERS = 64  # what launch bounds leave each thread, at least
 _INLINE_SLACK = 6  # by which small tiles without a pre-pass were found to need less than estimated
 _SPARE_REGISTERS = 24  # by which what was never compiled has to stay below its limit
@@ -89,11 +89,11 @@ class TileStationary(Family):
         side = problem.shape.grids + 1
         copies = 1
         if problem.operation is Operation.BACKWARD:
-            copies += 1 if parameters["mode"] == "normal" else _integer(parameters, "threads") // _WARP
-        words = _integer(parameters, "pairs") * _integer(parameters, "outs") // _pack(problem)
-        tables = 4 * copies * _rows(problem) * words
+            copies += 1 if parameters["mode"] == "normal" else _integer(parameters, "threads") // lanes.WARP
+        words = _integer(parameters, "pairs") * _integer(parameters, "outs") // lanes.pack(problem)
+        tables = 4 * copies * lanes.rows(problem) * words
         if _coordinates(parameters) == "inline":
-            return tables + 2 * 4 * _WARP * side  # knots and inverse spacings, a copy per lane
+            return tables + 2 * 4 * lanes.WARP * side  # knots and inverse spacings, a copy per lane
         return tables + (4 * side if problem.operation is Operation.GRAD_INPUT else 0)
 
     def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
@@ -143,7 +143,7 @@ class TileStationary(Family):
                 )
             )
         if problem.operation is Operation.BACKWARD and parameters["mode"] == "fast":
-            if pairs * outs < _WARP:
+            if pairs * outs < lanes.WARP:
                 found.append(
                     Violation("tile", "fast mode needs a tile of at least 32 functions: tile size 8 or more")
                 )
@@ -207,7 +207,7 @@ class TileStationary(Family):
         grid, splits = self._grid(problem, parameters)
         segments *= splits
         resident = self._resident(problem, parameters)
-        warps = _integer(parameters, "threads") // _WARP * resident
+        warps = _integer(parameters, "threads") // lanes.WARP * resident
         utilisation = warps**2 / (warps**2 + 16)  # 16 warps almost hide all latencies, 8 do not
         sharing = -(-grid // problem.device.multiprocessors)  # blocks of the busiest multiprocessor
         units = self._units_per_block(problem, parameters, segments, grid)
@@ -235,8 +235,8 @@ class TileStationary(Family):
         """
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
         inline = _coordinates(parameters) == "inline"
-        words = outs // _pack(problem)
-        conflicts = max(1, _WARP // (pairs * (words & -words)))  # lanes of equal bank
+        words = outs // lanes.pack(problem)
+        conflicts = max(1, lanes.WARP // (pairs * (words & -words)))  # lanes of equal bank
         reads = {TableDtype.FLOAT32: 4, TableDtype.INT8: 1}.get(problem.table, 2)
         data = reads * pairs * outs * conflicts
         data += 4 * pairs + 4 * pairs * inline
@@ -255,7 +255,7 @@ class TileStationary(Family):
     def _staging_us(problem: Problem, parameters: Parameters) -> float:
         """What loading a tile costs: no less than 32 bytes can be read at a time, and rows are requests."""
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
-        rows = _rows(problem) * outs // _pack(problem)
+        rows = lanes.rows(problem) * outs // lanes.pack(problem)
         return rows * max(4 * max(pairs, 8) / _STAGING_RATE, 1 / _CYCLES_PER_US)
 
     @staticmethod
@@ -274,9 +274,9 @@ class TileStationary(Family):
     @staticmethod
     def _units_per_block(problem: Problem, parameters: Parameters, segments: int, grid: int) -> int:
         """Units of 32 samples that a block works through per tile; warps without one wait for the others."""
-        units = -(-problem.shape.batch // _WARP)
-        lanes = _lanes(parameters)
-        return -(-segments * units // (grid * lanes)) * lanes
+        units = -(-problem.shape.batch // lanes.WARP)
+        at_a_time = _units_at_a_time(parameters)
+        return -(-segments * units // (grid * at_a_time)) * at_a_time
 
     @staticmethod
     def _registers(problem: Problem, parameters: Parameters) -> int:
@@ -291,14 +291,14 @@ class TileStationary(Family):
             held = {TableDtype.FLOAT32: 0, TableDtype.INT8: scales + outs}.get(problem.table, 4 + outs // 2)
             return base + outs + held
         # strides between rows, and limits where tiles are partial
-        strides = 2 * min(outs & -outs, _WARP // pairs).bit_length()
+        strides = 2 * min(outs & -outs, lanes.WARP // pairs).bit_length()
         return base + 12 + strides + 6 * _is_partial(problem, parameters) + 2 * outs + 2 * pairs
 
     def _may_spill(self, problem: Problem, parameters: Parameters) -> bool:
         """Whether registers are too few to be sure without compiling."""
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
         needed = self._registers(problem, parameters) + _SPARE_REGISTERS
-        needed += 2 * min(outs & -outs, _WARP // pairs) + 12 * _is_partial(problem, parameters)
+        needed += 2 * min(outs & -outs, lanes.WARP // pairs) + 12 * _is_partial(problem, parameters)
         return needed > min(255, _REGISTERS // _integer(parameters, "threads"))
 
     def _resident(self, problem: Problem, parameters: Parameters) -> int:
@@ -319,8 +319,8 @@ class TileStationary(Family):
         slots = problem.device.multiprocessors * self._resident(problem, parameters)
         segments, summed = self._segments(problem, parameters)
         # as many blocks as have work for all their warps
-        lanes = _lanes(parameters)
-        full = segments * -(-problem.shape.batch // (_WARP * lanes))
+        at_a_time = _units_at_a_time(parameters)
+        full = segments * -(-problem.shape.batch // (lanes.WARP * at_a_time))
         splits = 1
         if problem.operation is not Operation.BACKWARD and full < slots and not problem.deterministic:
             splits = min(summed, slots // full)
@@ -334,23 +334,14 @@ class TileStationary(Family):
         """See base class."""
         shape = problem.shape
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
-        constants: dict[str, Constant] = {
-            "operation": str(problem.operation),
-            "grids": shape.grids,
-            "pairs": pairs,
-            "outs": outs,
+        constants = lanes.constants(problem, pairs, outs) | {
             "threads": _integer(parameters, "threads"),
             "blocks": self._resident(problem, parameters),
             "coordinates": _coordinates(parameters),
             "copy": next(n for n in (4, 2, 1) if shape.pairs % n == 0 and pairs % n == 0),
-            "partial": int(_is_partial(problem, parameters)),
             "mode": str(parameters.get("mode", "none")),
             "ahead": _integer(parameters, "ahead", absent=1),
             "access": str(parameters.get("access", "rotated")),
-            "table": str(problem.table),
-            "scale_pairs": SCALE_PAIRS,
-            "strided": int(not problem.is_plain),
-            "odd": shape.inputs % 2,
             # Turing has no copies past the registers
             "asynchronous": int(problem.device.compute_capability >= 80),
         }
@@ -362,20 +353,13 @@ class TileStationary(Family):
         grid, splits = self._grid(problem, parameters)
         workspaces: list[Workspace] = []
         steps: list[Fill | Launch] = []
-        source = "x"
-        layout = () if problem.is_plain else strides("x")
+        source, inner_layout = "x", lanes.layout(problem)
         if _coordinates(parameters) == "prepass":
-            source = "coordinates"
-            pairs, units = _integer(parameters, "pairs"), -(-shape.batch // _WARP)
-            jobs = -(-shape.pairs // pairs) * units
-            # loads run ahead of their use: behind the last coordinates stand some that nobody uses
-            spare = _integer(parameters, "threads") // _WARP
-            workspaces.append(Workspace(source, 8 * pairs * _WARP * (jobs + spare)))
-            blocks = min(-(-(jobs + spare) // 8), 16 * problem.device.multiprocessors)
-            marks = ("far",) if problem.table is TableDtype.INT8 else ()
-            workspaces.extend(Workspace(name, 4 * jobs) for name in marks)
-            arguments = ("x", "borders", source, *marks, shape.batch, shape.pairs, *layout)
-            steps.append(Launch("lmkan_coordinates", arguments, (blocks, 1, 1), 256))
+            source, inner_layout = "coordinates", ()
+            # loads run ahead of their use
+            spare = _integer(parameters, "threads") // lanes.WARP
+            workspaces, launch = lanes.prepass(problem, _integer(parameters, "pairs"), spare)
+            steps.append(launch)
         zeroed = {
             Operation.FORWARD: ("y",) if splits > 1 else (),
             Operation.GRAD_INPUT: ("grad_x",) if splits > 1 else (),
@@ -389,23 +373,16 @@ class TileStationary(Family):
         }[operation]
         sizes = (shape.batch, shape.pairs, shape.outputs)
         split = () if operation is Operation.BACKWARD else (splits,)
-        inner_layout = layout if source == "x" else ()
-        tables = {TableDtype.FLOAT32: ("table",), TableDtype.INT8: ("words", "scales")}.get(
-            problem.table, ("words",)
-        )
         steps.append(
             Launch(
                 f"lmkan_{operation}",
-                (source, "borders", *tables, *buffers, *sizes, *split, *inner_layout),
+                (source, "borders", *lanes.table_buffers(problem), *buffers, *sizes, *split, *inner_layout),
                 (grid, 1, 1),
                 _integer(parameters, "threads"),
                 self.shared_memory(problem, parameters),
             )
         )
-        if problem.table is TableDtype.INT8:
-            blocks = min(-(-shape.batch // 256), 8 * problem.device.multiprocessors)
-            arguments = ("x", "borders", *tables, "far", "y", *sizes, *layout)
-            steps.append(Launch("lmkan_far_samples", arguments, (blocks, 1, 1), 256))
+        steps.extend(lanes.far_samples(problem))
         return LaunchPlan(tuple(workspaces), tuple(steps))
 
 
@@ -416,27 +393,13 @@ def _integer(parameters: Parameters, name: str, absent: int | None = None) -> in
     return value
 
 
-def _pack(problem: Problem) -> int:
-    """Outputs whose values share a 32-bit word of the table."""
-    return 2 if problem.table in (TableDtype.FLOAT16, TableDtype.BFLOAT16) else 1
-
-
-def _rows(problem: Problem) -> int:
-    """Rows of words in a table: one per knot, or per cell where a word holds a cell's corners."""
-    return problem.shape.grids**2 if problem.table is TableDtype.INT8 else problem.shape.knots
-
-
 def _is_partial(problem: Problem, parameters: Parameters) -> bool:
-    """Whether some tiles reach beyond the layer's inputs or outputs."""
-    shape = problem.shape
-    return bool(
-        shape.inputs % (2 * _integer(parameters, "pairs")) or shape.outputs % _integer(parameters, "outs")
-    )
+    return lanes.is_partial(problem, _integer(parameters, "pairs"), _integer(parameters, "outs"))
 
 
-def _lanes(parameters: Parameters) -> int:
+def _units_at_a_time(parameters: Parameters) -> int:
     """Units of 32 samples that a block works on at a time."""
-    return max(1, _integer(parameters, "threads") // _WARP)
+    return max(1, _integer(parameters, "threads") // lanes.WARP)
 
 
 def _coordinates(parameters: Parameters) -> str:
