@@ -12,7 +12,6 @@ The layouts are the same for all kernels, so that a packed table outlives the ch
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ _LARGEST = 127
 WEIGHT_ONE = 512
 _BANKS = 32  # of shared memory
 T = TypeVar("T")
-_STAGES = re.compile(r"stages_(\d+)_(\d+)")
+_STREAMED = "stages_"
 _HALF = {TableDtype.FLOAT16: torch.float16, TableDtype.BFLOAT16: torch.bfloat16}
 
 
@@ -174,7 +173,7 @@ def rows(source: Tensor | PackedTable, dtype: TableDtype) -> Tensor:
 
 def stages_name(pairs: int, words: int) -> str:
     """What launch plans call a table in the layout of `stages`."""
-    return f"stages_{pairs}_{words}"
+    return f"{_STREAMED}{pairs}_{words}"
 
 
 def stages(words: Tensor, scales: Tensor | None, pairs: int, width: int, fixed: bool = False) -> Tensor:
@@ -277,18 +276,17 @@ def arranged(
         ValueError: as `pack`.
     """
     forms: dict[str, Tensor] = {}
+    streamed = [name for name in reads if name.startswith(_STREAMED)]
+    narrow = dtype is not TableDtype.FLOAT32
     if "rows" in reads and "rows" not in buffers:
         forms["rows"] = rows(buffers["table"] if table is None else table, dtype)
-    if "words" in reads and "words" not in buffers:
+    if ("words" in reads or (streamed and narrow)) and "words" not in buffers:
         forms |= (table or packed(buffers["table"], dtype)).buffers()
-    if "table" in reads and "table" not in buffers and table is not None:
+    if ("table" in reads or (streamed and not narrow)) and "table" not in buffers and table is not None:
         forms["table"] = unpack(table)
-    for name in reads:
-        if layout := _STAGES.fullmatch(name):
-            known = {**buffers, **forms}
-            if dtype is not TableDtype.FLOAT32 and "words" not in known:
-                known |= (table or packed(buffers["table"], dtype)).buffers()
-            source = known["table" if dtype is TableDtype.FLOAT32 else "words"]
-            fixed = table is not None or "words" in buffers
-            forms[name] = stages(source, known.get("scales"), int(layout[1]), int(layout[2]), fixed)
+    for name in streamed:
+        known = {**buffers, **forms}
+        pairs, width = (int(number) for number in name.removeprefix(_STREAMED).split("_"))
+        fixed = table is not None or "words" in buffers
+        forms[name] = stages(known["words" if narrow else "table"], known.get("scales"), pairs, width, fixed)
     return {**buffers, **forms} if forms else buffers
