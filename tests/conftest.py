@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.command import Command, command
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the user's tuning files and kernel cache out, here and in subprocesses.
@@ -52,3 +54,9 @@ def _seed_by_name(request: pytest.FixtureRequest) -> None:
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where CUDA kernels that are compiled for the CPU are kept."""
     return tmp_path_factory.mktemp("emulation")
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs ``lmkan-gen`` with the given arguments, on a wide terminal."""
+    return command(monkeypatch, capsys)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from lmkan_gen import cli, selection, toolchain
+from lmkan_gen import selection, toolchain
 from lmkan_gen.ahead import kernels
 from lmkan_gen.device import models, target
 from lmkan_gen.problem import LayerShape, Operation
 from lmkan_gen.toolchain import ToolchainError, bundle, nvcc, store
+from tests.command import Command
 
 SHAPE = LayerShape(16, 12, 5, 64)
 
@@ -45,19 +46,12 @@ def _own_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run_cli: Command) -> Run:
     """Runs ``lmkan-gen``; returns its exit code and all that it printed."""
 
     def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["lmkan-gen", *arguments])
-        code: str | int | None = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        assert isinstance(code, int | None)
-        said = capsys.readouterr()
-        return code or 0, said.out + said.err
+        code, out, err = run_cli(*arguments)
+        return code, out + err
 
     return run
 

@@ -6,20 +6,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
-from lmkan_gen import cli, selection, toolchain
+from lmkan_gen import selection, toolchain
 from lmkan_gen.codegen import render
 from lmkan_gen.device import CUDA_ARCHITECTURES, target
 from lmkan_gen.families import Demand, family
 from lmkan_gen.limits import UNLIMITED, limits
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.toolchain import host, nvcc, store
+from tests.command import Command as Run
 
 SHAPE = "64,48,8,1000"
 VERBS = [
@@ -40,31 +39,10 @@ VERBS = [
 ]
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run_cli: Run) -> Run:
     """Runs ``lmkan-gen`` with the given arguments."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["lmkan-gen", *arguments])
-        code: str | int | None = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        assert isinstance(code, int | None)
-        return Outcome(code or 0, *capsys.readouterr())
-
-    return run
+    return run_cli
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
@@ -15,8 +14,8 @@ import jsonschema
 import pytest
 import yaml
 
-from lmkan_gen import cli, resources, selection, tuning_schema
 from lmkan_gen import device as devices
+from lmkan_gen import resources, selection, tuning_schema
 from lmkan_gen.export import export
 from lmkan_gen.families import family
 from lmkan_gen.freshness import source_digest, stale_entries
@@ -34,6 +33,7 @@ from lmkan_gen.tuning_file import (
     load,
     save,
 )
+from tests.command import Command
 
 GPU = devices.target("sm_89")
 SHAPE = LayerShape(64, 64, 8, 4096)
@@ -89,19 +89,12 @@ def shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    monkeypatch.setenv("COLUMNS", "200")
+def run(run_cli: Command) -> Run:
+    """Runs ``lmkan-gen``; returns its exit code and all that it printed."""
 
     def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["lmkan-gen", *arguments])
-        code: str | int | None = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        assert isinstance(code, int | None)
-        said = capsys.readouterr()
-        return code or 0, said.out + said.err
+        code, out, err = run_cli(*arguments)
+        return code, out + err
 
     return run
 
