@@ -7,7 +7,8 @@ import importlib
 import math
 import sys
 import types
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -213,6 +214,7 @@ def test_callback_adds_the_penalty_once_per_optimizer_step(callback: Any) -> Non
     assert optimizer.param_groups[0]["lr"] == 0.5
     later = callback(lambda m, o: FittingSchedule(phases, m, o), interval="step")
     later.load_state_dict(hook.state_dict())
+    assert later.state_dict() == {"position": 1}  # loaded and saved again without training
     later.on_train_start(trainer, model)
     assert later.schedule.state_dict() == hook.schedule.state_dict() == {"position": 1}
 
@@ -233,14 +235,20 @@ def test_without_lightning_the_callback_says_what_to_install(monkeypatch: pytest
         importlib.import_module("lmkan_gen.fitting.lightning")
 
 
-def test_callback_in_a_real_trainer(tmp_path: Any) -> None:
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_callback_in_a_real_trainer(tmp_path: Path, interval: Literal["epoch", "step"]) -> None:
     lightning: Any = pytest.importorskip("lightning.pytorch")
     from lmkan_gen.fitting.lightning import FittingCallback
+
+    epochs, batches = 8, 2
+    count = epochs if interval == "epoch" else epochs * batches
+    data = torch.utils.data.TensorDataset(torch.randn(40, 3), torch.randn(40, 1))
 
     class Module(lightning.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.model = LMKANMLP((3, 4, 1), 6)
+            torch.manual_seed(0)
+            self.model = LMKANMLP((3, 4, 1), 6, precondition="relu_first")
 
         def training_step(self, batch: Any, index: int) -> Tensor:
             return mse_loss(self.model(batch[0]), batch[1])
@@ -248,27 +256,69 @@ def test_callback_in_a_real_trainer(tmp_path: Any) -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.Adam(self.parameters(), lr=1e-2)
 
-    data = torch.utils.data.TensorDataset(torch.randn(40, 3), torch.randn(40, 1))
+    class Spy(lightning.Callback):  # type: ignore[misc]
+        """Notes what each optimiser step sees."""
 
-    def train(epochs: int, checkpoint: Any) -> Any:
-        hook = FittingCallback(lambda m, o: FittingSchedule.two_phase(m, o, steps=4))
+        def __init__(self, hook: Any) -> None:
+            self.hook, self.seen = hook, list[tuple[str, float, float]]()
+
+        def on_train_batch_start(self, trainer: Any, module: Any, *arguments: Any) -> None:
+            (gamma,) = {layer.gamma.item() for layer in preconditioned_layers(module).values()}
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            self.seen.append((self.hook.schedule.settings.phase, rate, gamma))
+
+    def fit(checkpoint: Path | None = None, **options: Any) -> tuple[Any, Any, Any]:
+        hook = FittingCallback(schedule, interval)
+        spy, module = Spy(hook), Module()
+        saving = lightning.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
         trainer = lightning.Trainer(
             max_epochs=epochs,
             accelerator="cpu",
             logger=False,
-            enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[hook],
+            callbacks=[saving, hook, spy],
+            **options,
         )
-        trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=20), ckpt_path=checkpoint)
-        path = tmp_path / "state.ckpt"
-        trainer.save_checkpoint(path)
-        return hook.schedule, trainer.optimizers[0], path
+        loader = torch.utils.data.DataLoader(data, batch_size=20)
+        trainer.fit(module, loader, ckpt_path=checkpoint)
+        return module, hook, spy.seen
 
-    schedule, optimizer, path = train(3, None)
-    assert schedule.state_dict() == {"position": 3}
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-2)
-    schedule, optimizer, _ = train(4, path)
-    assert schedule.finished
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0)
+    def schedule(model: nn.Module, optimizer: Any) -> FittingSchedule:
+        return FittingSchedule.four_phase(
+            model, optimizer, count, fractions=(1 / 8, 1 / 4, 1 / 4), cooldown_fraction=1 / 4
+        )
+
+    whole, hook, seen = fit()
+    assert hook.schedule.finished
+    # the same without Lightning
+    module = Module()
+    optimizer = module.configure_optimizers()
+    expected = schedule(module, optimizer)
+    steps = []
+    for step in range(epochs * batches):
+        (gamma,) = {layer.gamma.item() for layer in preconditioned_layers(module).values()}
+        steps.append((expected.settings.phase, optimizer.param_groups[0]["lr"], gamma))
+        optimizer.zero_grad()
+        x, y = (tensor.split(20)[step % batches] for tensor in data.tensors)
+        module.training_step((x, y), step).backward()
+        expected.penalty().backward()
+        optimizer.step()
+        if interval == "step" or step % batches == batches - 1:
+            expected.step()
+    assert seen == steps
+    assert list(dict.fromkeys(phase for phase, _, _ in seen)) == ["I", "II", "III", "IV", "IV, cooldown"]
+    for name, tensor in module.state_dict().items():
+        torch.testing.assert_close(whole.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+    # a run that goes on from a checkpoint is the same run
+    for epoch in (2, 5):
+        resumed, _, later = fit(tmp_path / f"epoch={epoch}.ckpt")
+        assert later == seen[batches * (epoch + 1) :]
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], tensor)
+    # nothing left to do: the position is not lost
+    _, hook, later = fit(tmp_path / f"epoch={epochs - 1}.ckpt")
+    assert (later, hook.state_dict()) == ([], {"position": count})
+    # a step is the optimiser's
+    _, hook, _ = fit(accumulate_grad_batches=batches)
+    assert hook.schedule.state_dict() == {"position": epochs}

@@ -23,7 +23,7 @@ except ImportError:
         ) from error
 
 
-class FittingCallback(Callback):  # type: ignore[misc]  # Lightning is not there when types are checked
+class FittingCallback(Callback):  # type: ignore[misc]  # Any, to mypy
     """Runs a `FittingSchedule` in a Lightning ``Trainer``.
 
     ``training_step`` need not know about it: the gradient of the Hessian regularisation is added before
@@ -91,7 +91,9 @@ class FittingCallback(Callback):  # type: ignore[misc]  # Lightning is not there
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule's position, for Lightning's checkpoints."""
-        return {} if self.schedule is None else self.schedule.state_dict()
+        if self.schedule is None:  # loaded, but not trained since: saving again must not lose it
+            return self._resumed or {}
+        return self.schedule.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember a position until training starts."""
