@@ -3,7 +3,8 @@
 `evaluate` is the formula, differentiable as often as one likes, with memory proportional to
 ``batch * pairs * outputs``. The other functions compute the same and its derivatives without
 autograd, in chunks of bounded memory, on any device and in any dtype that torch's ``embedding_bag``
-knows (float32 and float64); they write into tensors given by the caller, every element of them.
+knows (float32 and float64); they write into tensors given by the caller, every element of them. They neither
+copy from the host nor wait for the device, so that CUDA graphs can capture them.
 
 Shapes throughout: ``x`` ``[I, B]``, ``table`` ``[G+1, G+1, O, P]``, ``borders`` ``[G+1]``,
 ``grad`` and ``y`` ``[O, B]``; one floating-point dtype, one device, any strides. ``P`` is ``ceil(I/2)``: an
@@ -162,7 +163,9 @@ def _cells(x: Tensor, borders: Tensor) -> _Cells:
     side = borders.numel()
     first = torch.arange(pairs.shape[1], device=x.device) * (side * side)
     corner = first + index[..., 0] * side + index[..., 1]
-    offsets = torch.tensor((0, 1, side, side + 1), device=x.device)
+    # made on the device: a constant copied from the host could not be captured in a CUDA graph
+    step = torch.arange(2, device=x.device)
+    offsets = (side * step.unsqueeze(1) + step).flatten()
     return _Cells(corner.unsqueeze(-1) + offsets, fraction, borders[index + 1] - borders[index])
 
 

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmkan_gen import knots, reference
 from tests import truth
@@ -133,6 +136,50 @@ def test_nothing_but_zero_weights_touches_nan_in_the_table() -> None:
     y = torch.empty(2, 2)
     reference.forward(torch.tensor([[0.1, -9.0], [0.1, -9.0]]), table, knots(5), y)
     assert y.isnan().tolist() == [[False, False], [False, True]]
+
+
+class _Uncapturable(TorchDispatchMode):
+    """Notes calls that read a constant of the host or wait for the device: CUDA graphs refuse them."""
+
+    refused = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def found(self) -> set[str]:
+        """Those of `refused` that were called."""
+        return self.seen & set(self.refused)
+
+
+def test_what_graphs_refuse_is_noticed() -> None:
+    x = torch.arange(3)
+    calls: dict[str, Callable[[], object]] = {
+        "lift_fresh": lambda: torch.tensor((0, 1)),
+        "_local_scalar_dense": x[1].item,
+        "nonzero": x.nonzero,
+    }
+    for name, make in calls.items():
+        with _Uncapturable() as mode:
+            make()
+        assert mode.found == {name}
+
+
+def test_graphs_can_capture_it() -> None:
+    x, table, borders, grad = case(6, 5, 7, 20)
+    with _Uncapturable() as mode:
+        explicit(x, table, borders, grad)
+        out = (torch.empty_like(grad), torch.empty_like(x), torch.empty_like(table))
+        reference.double_backward(torch.randn_like(x), torch.randn_like(table), grad, x, table, borders, *out)
+    assert mode.seen
+    assert not mode.found
 
 
 _MEMORY = """
