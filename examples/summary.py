@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     from examples.comparison import Result
 
 Cost = Callable[["Result"], float]
+
+#: relative; rounding changes errors by some 1e-4 of them, other widths by more than 1e-2
+SAME_ERROR = 1e-2
 
 
 @dataclass(frozen=True)
@@ -83,18 +89,30 @@ def _between(x: float, xs: tuple[float, float], ys: tuple[float, float]) -> floa
     return float(ys[0] * (ys[1] / ys[0]) ** fraction)
 
 
+def best_arithmetics(rows: Sequence[Result]) -> list[Result]:
+    """Of each model the fastest row whose error is within `SAME_ERROR` of its smallest, fastest first."""
+    models = dict.fromkeys((row.model, row.width) for row in rows)
+    of_models = [[row for row in rows if (row.model, row.width) == model] for model in models]
+    smallest = [min(row.error for row in own) for own in of_models]
+    kept = [
+        min((row for row in own if row.error <= (1 + SAME_ERROR) * error), key=_time)
+        for own, error in zip(of_models, smallest, strict=True)
+    ]
+    return sorted(kept, key=_time)
+
+
 def verdicts(rows: Sequence[Result], arithmetic: str | None) -> list[Verdict]:
     """lmKAN against each MLP, fastest first.
 
     Args:
         rows: of all models.
-        arithmetic: of both; None: any, and only MLPs that no other one beats.
+        arithmetic: of both; None: any, and each MLP in the one of `best_arithmetics`.
     """
     rows = [row for row in rows if arithmetic in (None, row.arithmetic)]
     lmkans = [row for row in rows if row.model == "lmKAN"]
     found = []
     mlps = sorted((row for row in rows if row.model == "MLP"), key=_time)
-    for row in mlps if arithmetic else frontier(mlps, _time):
+    for row in mlps if arithmetic else best_arithmetics(mlps):
         time, flops = cost_of(lmkans, _time, row.error), cost_of(lmkans, _flops, row.error)
         found.append(
             Verdict(
@@ -216,18 +234,33 @@ def draw_pareto(rows: Sequence[Result], path: Path, error_name: str, title: str)
         by_time.plot([r.microseconds for r in line], [r.error for r in line], label=label, **drawn)
         if full:
             by_flops.plot([r.flops for r in line], [r.error for r in line], label=model, **drawn)
-            for r in line:
-                for ax, x in ((by_flops, r.flops), (by_time, r.microseconds)):
-                    ax.annotate(
-                        str(r.width), (x, r.error), textcoords="offset points", xytext=(4, 4), fontsize=8
-                    )
+            _number(by_flops, line, _flops)
+            _number(by_time, line, _time)
     for ax, xlabel in ((by_flops, "FLOPs per sample"), (by_time, f"µs per batch of {rows[0].batch}")):
         ax.set(xscale="log", xlabel=xlabel)
+        ax.margins(x=0.09, y=0.08)
         ax.grid(alpha=0.3, which="both")
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, handlelength=3)
     errors = [r.error for r in rows]
     if 0 < min(errors) < max(errors) / 5:
         by_flops.set_yscale("log")
+        by_flops.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        by_flops.yaxis.set_major_formatter("{x:g}")
+        by_flops.yaxis.set_minor_formatter("")
     by_flops.set_ylabel(error_name)
     figure.suptitle(f"{title} ({rows[0].device}; numbers are hidden widths)", fontsize=11)
     figure.savefig(path, dpi=150)
+
+
+def _number(ax: Axes, line: Sequence[Result], cost: Cost) -> None:
+    """Write widths beside points."""
+    for row in line:
+        ax.annotate(
+            str(row.width),
+            (cost(row), row.error),
+            textcoords="offset points",
+            xytext=(4, 4),
+            color=_COLOURS.get(row.model),
+            fontsize=8,
+            path_effects=[withStroke(linewidth=2, foreground="white")],
+        )

@@ -127,10 +127,13 @@ def test_summary_takes_each_model_in_its_best_arithmetic() -> None:
         result("lmKAN", 1, 0.2, 100, 50),
         result("lmKAN", 1, 0.2, 100, 25, "float16 tables"),
         result("MLP", 1, 0.2, 100, 100),
-        result("MLP", 1, 0.2, 100, 10, "TF32"),
+        result("MLP", 1, 0.201, 100, 10, "TF32"),  # as good as the same
+        result("MLP", 1, 0.25, 100, 5, "float16"),  # faster, but worse
+        result("MLP", 2, 0.15, 100, 200),
     ]
-    assert [v.time_ratio for v in verdicts(rows, "float32")] == [2]
-    assert [(v.mlp.arithmetic, v.time_ratio) for v in verdicts(rows, None)] == [("TF32", 0.4)]
+    assert [v.time_ratio for v in verdicts(rows, "float32")] == [2, None]
+    best = [(v.mlp.width, v.mlp.arithmetic, v.time_ratio) for v in verdicts(rows, None)]
+    assert best == [(1, "TF32", 0.4), (2, "float32", None)]
 
 
 def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -142,7 +142,7 @@ class FunctionApproximation(Task):
 
     inputs = INPUTS
     error_name = "mean squared error"
-    title = "a random deep network, R^32 -> R"
+    title = "a random deep network, R³² → R"
 
     @property
     def timed_batch(self) -> int:

@@ -58,15 +58,21 @@ def main(
     plan = choose(plan, only or ())
     task = Methane(chosen, path, steps or chosen.steps, learning_rate, hessian, graph)
     compare(task, plan, directory, jobs, console)
+    with_forces: list[tuple[str, int]] = []
     if forces:
         with_forces = [(LMKAN, w) for w in chosen.force_lmkan_widths]
         with_forces += [(MLP, w) for w in chosen.force_mlp_widths]
-        fit_forces(task, [model for model in with_forces if model in plan], directory, console)
-    console.print(f"{directory}: results.csv, pareto.png, summary.txt{', forces.csv' * forces}")
+        with_forces = [model for model in with_forces if model in plan]
+        fit_forces(task, with_forces, directory, console)
+    written = ", forces.csv" if with_forces else ""
+    console.print(f"{directory}: results.csv, pareto.png, summary.txt{written}")
 
 
 def fit_forces(task: Methane, plan: list[tuple[str, int]], directory: Path, console: Console) -> None:
     """Train each model of the plan on with energies and forces, and tell what it is worth."""
+    if not plan:
+        console.print("none of the chosen models is one that goes on with forces")
+        return
     rows: list[tuple[str, int, int, float, float, float, float]] = []
     for name, width in plan:
         model = task.build(name, width)
