@@ -42,7 +42,7 @@ def main(
     budget: Annotated[
         float | None, typer.Option(help="Seconds for the long search of each operation.")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda[:N]")] = "cuda",
+    device: Annotated[str, typer.Option(metavar="cpu|cuda:N")] = "cuda:0",
 ) -> None:
     """Search twice, and measure both winners in turns."""
     where = torch.device(device)
