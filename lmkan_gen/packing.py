@@ -171,12 +171,14 @@ def rows(source: Tensor | PackedTable, dtype: TableDtype) -> Tensor:
     return _once(key, f"rows {dtype}", arrange, fixed=isinstance(source, PackedTable))
 
 
-def stages_name(pairs: int, words: int) -> str:
+def stages_name(pairs: int, words: int, vector: int) -> str:
     """What launch plans call a table in the layout of `stages`."""
-    return f"{_STREAMED}{pairs}_{words}"
+    return f"{_STREAMED}{pairs}_{words}_{vector}"
 
 
-def stages(words: Tensor, scales: Tensor | None, pairs: int, width: int, fixed: bool = False) -> Tensor:
+def stages(
+    words: Tensor, scales: Tensor | None, pairs: int, width: int, vector: int, fixed: bool = False
+) -> Tensor:
     """A table in the order in which kernels stream it: tile by tile.
 
     Done once for as long as ``words`` lives and is not written to, like `packed`.
@@ -186,18 +188,21 @@ def stages(words: Tensor, scales: Tensor | None, pairs: int, width: int, fixed: 
         scales: those of an int8 table, ``[ceil(P/8), O]``.
         pairs: input pairs in a tile; at most 8 where there are scales.
         width: words in a tile.
+        vector: neighbouring words among them that are read together.
         fixed: whether nobody will ever write to ``words``, so that a CUDA graph need not arrange them again.
 
     Returns:
-        int32 ``[ceil(W/width), ceil(P/pairs), rows * rows * width * pairs + S]``, zeros beyond the edges;
-        ``S`` is 0, or the multiple of 32 that has room for the scales of the tile's outputs.
+        int32 ``[ceil(W/width), ceil(P/pairs), K + S]``, zeros beyond the edges; ``K`` is
+        ``rows * rows * width * pairs`` up to the next multiple of 32, ``S`` 0, or the multiple of 32 that has
+        room for the scales of the tile's outputs.
     """
 
     def arrange() -> Tensor:
         flat = words.detach().flatten(0, 1).view(torch.int32)
         pad = (0, -flat.shape[2] % pairs, 0, -flat.shape[1] % width)
         tiles = torch.nn.functional.pad(flat, pad).unflatten(2, (-1, pairs)).unflatten(1, (-1, width))
-        tiles = tiles.permute(1, 3, 0, 2, 4).flatten(2)
+        tiles = tiles.permute(1, 3, 0, 2, 4).unflatten(3, (-1, vector)).transpose(4, 5).flatten(2)
+        tiles = torch.nn.functional.pad(tiles, (0, -tiles.shape[2] % _BANKS))
         if scales is None:
             in_order: Tensor = tiles.contiguous()
             return in_order
@@ -208,7 +213,7 @@ def stages(words: Tensor, scales: Tensor | None, pairs: int, width: int, fixed: 
         of_tiles = torch.nn.functional.pad(of_tiles, (0, -width % _BANKS)).contiguous().view(torch.int32)
         return torch.cat((tiles, of_tiles), dim=2)
 
-    return _once(words, stages_name(pairs, width), arrange, fixed)
+    return _once(words, stages_name(pairs, width, vector), arrange, fixed)
 
 
 def packed(table: Tensor, dtype: TableDtype) -> PackedTable:
@@ -286,7 +291,7 @@ def arranged(
         forms["table"] = unpack(table)
     for name in streamed:
         known = {**buffers, **forms}
-        pairs, width = (int(number) for number in name.removeprefix(_STREAMED).split("_"))
+        tile = (int(number) for number in name.removeprefix(_STREAMED).split("_"))
         fixed = table is not None or "words" in buffers
-        forms[name] = stages(known["words" if narrow else "table"], known.get("scales"), pairs, width, fixed)
+        forms[name] = stages(known["words" if narrow else "table"], known.get("scales"), *tile, fixed)
     return {**buffers, **forms} if forms else buffers

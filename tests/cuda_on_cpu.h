@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <csignal>
 #include <cstdint>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <random>
+#include <sys/mman.h>
 #include <ucontext.h>
 #include <vector>
 
@@ -151,13 +153,34 @@ struct Argument {
     operator long long() const { return value; }
 };
 
-template <typename Kernel> const Kernel* running;
-template <typename Kernel> void run_thread() {
-    (*running<Kernel>)();
+inline void end_thread() {
     warps_of_block[threadIdx.x / 32].barrier.leave();
     block_barrier.leave();
     threads_of_block[threadIdx.x].done = true;
     end_turn();
+}
+template <typename Kernel> const Kernel* running;
+template <typename Kernel> void run_thread() {
+    (*running<Kernel>)();
+    end_thread();
+}
+
+// A kernel that starts early, while those before it have not even begun: its threads end where they would wait for
+// these. What it may not touch until then lies at an address where nothing can be read or written.
+bool too_early, has_waited, has_touched;
+inline void wait_for_earlier_kernels() {
+    if (!too_early) return;
+    has_waited = true;
+    end_thread();
+}
+inline void touch(int) {
+    has_touched = true;
+    setcontext(&between_turns);
+}
+extern "C" char* untouchable() {
+    constexpr size_t bytes = size_t(1) << 40;
+    static void* const reserved = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return static_cast<char*>(reserved) + bytes / 2;
 }
 
 // One block after the other, in an order that `seed` says: 0 is by their indices.
@@ -187,8 +210,24 @@ template <typename Kernel> void launch(const unsigned* grid, unsigned threads, u
                 if (threads_of_block[t].done) continue;
                 threadIdx = {t, 0, 0};
                 swapcontext(&between_turns, &threads_of_block[t].context);
+                if (has_touched) return;
                 left -= threads_of_block[t].done;
             }
         }
     }
+}
+
+// What a kernel does that starts early: 0, it waits before it touches what it must not; 1, it does not wait; 2, it touches.
+template <typename Kernel> int launch_early(const unsigned* grid, unsigned threads, const Kernel& kernel) {
+    struct sigaction action = {}, before;
+    action.sa_handler = touch;
+    sigaction(SIGSEGV, &action, &before);
+    too_early = true;
+    has_waited = has_touched = false;
+    launch(grid, threads, 0, kernel);
+    sigaction(SIGSEGV, &before, nullptr);
+    too_early = false;
+    const int found = has_touched ? 2 : !has_waited;
+    has_touched = false;
+    return found;
 }

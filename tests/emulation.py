@@ -11,7 +11,7 @@ import hashlib
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from lmkan_gen import codegen
 from lmkan_gen.families import Family
 from lmkan_gen.families.base import Parameters
-from lmkan_gen.plan import Fill, KernelSpec, Launch, LaunchPlan, Stride
+from lmkan_gen.plan import Argument, Fill, KernelSpec, Launch, LaunchPlan, Stride
 from lmkan_gen.problem import Problem
 
 Run = Callable[[Mapping[str, Tensor]], None]
@@ -30,6 +30,7 @@ Run = Callable[[Mapping[str, Tensor]], None]
 _INSTRUCTIONS = {
     "prefetch": ";",
     "ld.shared.b32": "value = *reinterpret_cast<const word_t*>(shared_memory + address);",
+    "ld.shared.v": "value = *reinterpret_cast<const Words*>(shared_memory + address);",
     "ld.global.v2.f32": "value = *address;",
     "ld.global.f32": "value = *address;",
     "cp.async.wait_all": ";",
@@ -37,12 +38,20 @@ _INSTRUCTIONS = {
     "mbarrier.init": "phase_of(barriers + 8 * k) = 0;",
     "mbarrier.arrive.expect_tx": ";",
     "cp.async.bulk": (
-        "std::memcpy(shared_memory + tables + into * kStageBytes, from, kStageBytes); ++phase_of(barrier);"
+        "std::memcpy(shared_memory + tables + into * kStageBytes, from, kFilledBytes); ++phase_of(barrier);"
     ),
     # the first word of mbarrier.try_wait
     ".reg": "done = (phase_of(barriers + 8 * stage) & 1) != phase; if (!done) end_turn();",
     "cp.async": (
         "std::memcpy(std::memset(shared_memory + target + 4 * kCopy * k, 0, 4 * kCopy), source, bytes);"
+    ),
+    "griddepcontrol.launch_dependents": ";",
+    "griddepcontrol.wait": "wait_for_earlier_kernels();",
+    "red.global.add.v4.f32": (
+        "for (int j = k; j < k + 4; ++j) std::atomic_ref<float>(target[offset_of(j)]).fetch_add(values[j]);"
+    ),
+    "red.global.add.v2.f32": (
+        "for (int j = 0; j < 2; ++j) std::atomic_ref<float>(target[j]).fetch_add(values[j]);"
     ),
     "red.global.add.f32": "std::atomic_ref<float>(*address).fetch_add(value);",
     "dp2a.lo": "sum = dot2(weights, corners, 0, sum);",
@@ -52,13 +61,13 @@ _ASSEMBLY = re.compile(r'\basm(?: volatile)?\(\s*"(?:\{ )?([\w.]+).*?\);$', re.D
 _DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
 
 
-def _in_cpp(source: str) -> str:
+def _in_cpp(source: str, arch: str) -> str:
     def instruction(match: re.Match[str]) -> str:
         name = match[1]
         return next(code for known, code in _INSTRUCTIONS.items() if name.startswith(known))
 
     source = _DYNAMIC_SHARED.sub(r"\1* const \2 = reinterpret_cast<\1*>(shared_memory);", source)
-    return _ASSEMBLY.sub(instruction, source)
+    return f"#define __CUDA_ARCH__ {arch.removeprefix('sm_')}0\n" + _ASSEMBLY.sub(instruction, source)
 
 
 def run(
@@ -67,15 +76,14 @@ def run(
     """Run all steps of ``plan``; the result is its workspaces, which were poisoned.
 
     Args:
-        spec: of the kernels. Sums want an architecture before sm_90, which adds one by one.
+        spec: of the kernels.
         plan: what to run.
         directory: for what is compiled.
         buffers: CPU tensors, outputs included.
         seed: the order of blocks; 0: by their indices.
     """
-    kernels = {s.kernel: len(s.arguments) for s in plan.steps if isinstance(s, Launch)}
-    library = _library(spec, tuple(sorted(kernels.items())), directory)
-    scratch = {w.name: torch.full((w.bytes,), 0xFF, dtype=torch.uint8) for w in plan.workspaces}
+    library = _library_of(spec, plan, directory)
+    scratch = _poisoned(plan)
     everything = {**buffers, **scratch}
     for step in plan.steps:
         if isinstance(step, Fill):
@@ -85,6 +93,37 @@ def run(
         grid = (ctypes.c_uint * 3)(*step.grid)
         library[f"call_{step.kernel}"](grid, step.block, seed, arguments)
     return scratch
+
+
+def check_early_starts(
+    spec: KernelSpec,
+    plan: LaunchPlan,
+    directory: Path,
+    buffers: Mapping[str, Tensor],
+    inputs: Collection[str],
+) -> None:
+    """Start every kernel of ``plan`` but the first before any other, as a GPU may from sm_90 on.
+
+    Until it waits it must touch nothing that earlier steps are given but ``inputs``, and it has to wait.
+    """
+    library = _library_of(spec, plan, directory)
+    library.untouchable.restype = ctypes.c_void_p
+    forbidden = library.untouchable()
+    everything = {**buffers, **_poisoned(plan)}
+    touched: set[Argument] = set()
+    for k, step in enumerate(plan.steps):
+        if isinstance(step, Fill):
+            touched.add(step.buffer)
+            continue
+        if k:
+            values = (forbidden if a in touched else _value(a, everything) for a in step.arguments)
+            arguments = (ctypes.c_int64 * len(step.arguments))(*values)
+            found = library[f"early_{step.kernel}"]((ctypes.c_uint * 3)(*step.grid), step.block, arguments)
+            assert found != 1, f"{step.kernel}, step {k}, does not wait for those before"
+            assert found != 2, (
+                f"{step.kernel}, step {k}, touches what those before work on and has not waited"
+            )
+        touched |= {a for a in step.arguments if isinstance(a, str)} - set(inputs)
 
 
 def prepare(family: Family, problem: Problem, parameters: Parameters, directory: Path) -> Run:
@@ -97,6 +136,15 @@ def prepare(family: Family, problem: Problem, parameters: Parameters, directory:
         run(spec, plan, directory, buffers)
 
     return of_plan
+
+
+def _poisoned(plan: LaunchPlan) -> dict[str, Tensor]:
+    return {w.name: torch.full((w.bytes,), 0xFF, dtype=torch.uint8) for w in plan.workspaces}
+
+
+def _library_of(spec: KernelSpec, plan: LaunchPlan, directory: Path) -> ctypes.CDLL:
+    kernels = {s.kernel: len(s.arguments) for s in plan.steps if isinstance(s, Launch)}
+    return _library(spec, tuple(sorted(kernels.items())), directory)
 
 
 def _value(argument: str | int | Stride, buffers: Mapping[str, Tensor]) -> int:
@@ -116,9 +164,12 @@ def _library(spec: KernelSpec, kernels: tuple[tuple[str, int], ...], directory: 
             "const int64_t* a) {\n"
             f"    launch(grid, threads, seed, [&] {{ {name}({arguments}); }});\n"
             "}\n"
+            f'extern "C" int early_{name}(const unsigned* grid, unsigned threads, const int64_t* a) {{\n'
+            f"    return launch_early(grid, threads, [&] {{ {name}({arguments}); }});\n"
+            "}\n"
         )
     header = Path(__file__).with_name("cuda_on_cpu.h").read_text()
-    text = "\n".join((header, _in_cpp(codegen.render(spec)), *calls))
+    text = "\n".join((header, _in_cpp(codegen.render(spec), spec.arch), *calls))
     path = directory / hashlib.sha256(text.encode()).hexdigest()[:16]
     path.with_suffix(".cpp").write_text(text)
     compiler = shutil.which("c++") or shutil.which("g++") or "c++"

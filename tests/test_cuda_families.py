@@ -70,8 +70,9 @@ def test_warps_of_sorted_gradients_cover_rows_exactly(outputs: int) -> None:
         launches = (s for s in family.plan(problem, parameters).steps if isinstance(s, Launch))
         walk = next(launch for launch in launches if launch.kernel.endswith("_walk"))
         padded = walk.arguments[-3]
-        out_warps = int(family.spec(problem, parameters).context["out_warps"])
-        assert walk.grid[1] * out_warps * 32 * vector == padded
+        constants = family.spec(problem, parameters).context
+        out_warps, lanes = int(constants["out_warps"]), int(constants["lanes"])
+        assert walk.grid[1] * out_warps * lanes * vector == padded
         assert isinstance(padded, int)
         assert padded >= outputs
 

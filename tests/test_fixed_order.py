@@ -107,6 +107,26 @@ def test_right_in_emulation(
         assert torch.equal(again[name], value), name
 
 
+@pytest.mark.parametrize(("outputs", "vector"), [(10, 4), (32, 8), (100, 8)])
+def test_right_with_several_runs_in_a_warp(emulated: Path, outputs: int, vector: int) -> None:
+    """Some of which have no samples, and leave nothing at the edges."""
+    shape = LayerShape(4, outputs, 4, 3300)
+    problem = Problem(Operation.BACKWARD, shape, target("sm_90"), deterministic=True)
+    parameters = {**PARAMETERS, "vector": vector, "segment": 64}
+    assert int(CELLS.spec(problem, parameters).context["lanes"]) < 32
+    case = make_case(Operation.BACKWARD, shape, torch.device("cpu"), 2.0, 64)
+    found, _ = gradients(problem, parameters, case.inputs, emulated)
+
+    def run(buffers: Mapping[str, Tensor]) -> None:
+        for name, value in found.items():
+            buffers[name].copy_(value)
+
+    case.check(run, str(shape))
+    again, _ = gradients(problem, parameters, case.inputs, emulated, seed=1)
+    for name, value in found.items():
+        assert torch.equal(again[name], value), name
+
+
 def test_the_usual_order_varies(emulated: Path) -> None:
     """Else the tests above would show nothing."""
     shape = LayerShape(2, 7, 17, 2200)
@@ -184,7 +204,8 @@ def test_scratch_memory_is_bounded(arch: str, table: TableDtype, shape: LayerSha
     parameters = CELLS.default(problem)
     assert parameters is not None
     plan = CELLS.plan(problem, parameters)
-    padded = -(-shape.outputs // (32 * int(parameters["vector"]))) * 32 * int(parameters["vector"])
+    of_warp = int(CELLS.spec(problem, parameters).context["lanes"]) * int(parameters["vector"])
+    padded = -(-shape.outputs // of_warp) * of_warp
     copy = 4 * shape.pairs * shape.knots * padded
     sizes = {w.name: w.bytes for w in plan.workspaces}
     assert sizes["sums"] % copy == 0

@@ -58,8 +58,10 @@ WIDE: dict[str, Constant] = {**TILES, "pairs": 32}
 FUSED: dict[str, Constant] = {"pairs": 2, "outs": 4, "threads": 128, "mode": "normal"}
 SORTED: dict[str, Constant] = {"items": 1, "segment": 32, "vector": 1, "unroll": 2, "blocks": 2}
 STREAMED: dict[str, Constant] = {
-    "pairs": 4, "outs": 8, "samples": 2, "threads": 64, "stages": 2, "blocks": 1,
+    "pairs": 4, "outs": 8, "samples": 2, "threads": 64, "stages": 2, "blocks": 1, "vector": 1,
 }  # fmt: skip
+#: rows of half as many words as there are banks, read two at a time
+HALVES: dict[str, Constant] = {**STREAMED, "pairs": 2, "vector": 2, "stages": 3}
 ROWS: dict[str, Constant] = {"warps": 2, "vector": 1, "unroll": 2}
 #: so few multiprocessors that each block has several items of work, and pieces of others
 STREAMING = replace(devices.target("sm_90"), multiprocessors=3)
@@ -74,6 +76,9 @@ EMULATED: list[tuple[str, Operation, TableDtype, dict[str, Constant], tuple[int,
     ("output_stationary", Operation.FORWARD, FLOAT32, {**STREAMED, "ahead": 2}, (19, 11, 333)),
     ("output_stationary", Operation.FORWARD, INT8, {**STREAMED, "ahead": 4}, (19, 11, 333)),
     ("output_stationary", Operation.GRAD_INPUT, FLOAT32, STREAMED, (19, 11, 333)),
+    ("output_stationary", Operation.FORWARD, FLOAT32, {**HALVES, "ahead": 2}, (19, 11, 700)),
+    ("output_stationary", Operation.FORWARD, INT8, {**STREAMED, "ahead": 4, "vector": 4}, (19, 11, 700)),
+    ("output_stationary", Operation.GRAD_INPUT, FLOAT32, HALVES, (19, 11, 700)),
     ("cell_sorted", Operation.BACKWARD, FLOAT32, SORTED, (7, 5, 75)),
     ("cell_sorted", Operation.GRAD_INPUT, FLOAT32, SORTED, (4, 260, 40)),  # outputs of two blocks
     ("cell_sorted", Operation.GRAD_TABLE, FLOAT32, SORTED, (3, 4, 1030)),  # two slabs
@@ -85,7 +90,10 @@ EMULATED: list[tuple[str, Operation, TableDtype, dict[str, Constant], tuple[int,
 @pytest.mark.parametrize(
     ("name", "operation", "table", "parameters", "sizes"),
     EMULATED,
-    ids=[f"{e[0]}-{e[1]}-{e[2]}-{e[4][0]}-{e[3].get('coordinates', '')}" for e in EMULATED],
+    ids=[
+        f"{e[0]}-{e[1]}-{e[2]}-{e[4][0]}-{e[3].get('coordinates', '')}-{e[3].get('vector', '')}"
+        for e in EMULATED
+    ],
 )
 def test_cuda_kernel_in_emulation(
     directory: Path,

@@ -22,7 +22,7 @@ from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 FAMILY = family("output_stationary")
 GPU = target("sm_90")
 PARAMETERS: dict[str, Constant] = {
-    "pairs": 4, "outs": 16, "samples": 3, "threads": 384, "stages": 2, "blocks": 1, "ahead": 2,
+    "pairs": 4, "outs": 16, "samples": 3, "threads": 384, "stages": 2, "blocks": 1, "ahead": 2, "vector": 1,
 }  # fmt: skip
 
 Items = Callable[[int, int, int, int], list[tuple[int, int, int]]]
@@ -96,20 +96,24 @@ def test_every_column_of_every_tile_is_done_once(
     assert done == {(tile, column): 1 for tile in range(tiles) for column in range(groups * samples)}
 
 
+@pytest.mark.parametrize("pairs", [2, 4])
+@pytest.mark.parametrize("vector", [1, 4])
 @pytest.mark.parametrize("table", [TableDtype.FLOAT32, TableDtype.FLOAT16, TableDtype.INT8])
-def test_stages_hold_tiles_with_zeros_beyond_the_edges(table: TableDtype) -> None:
-    grids, outputs, inputs, pairs, width = 5, 13, 18, 4, 8
+def test_stages_hold_tiles_with_zeros_beyond_the_edges(table: TableDtype, vector: int, pairs: int) -> None:
+    grids, outputs, inputs, width = 6, 13, 18, 8
     floats = torch.randn(grids + 1, grids + 1, outputs, inputs // 2)
     packed = None if table is TableDtype.FLOAT32 else packing.pack(floats, table)
     words = floats if packed is None else packed.words
-    stages = packing.stages(words, packed.scales if packed else None, pairs, width)
+    stages = packing.stages(words, packed.scales if packed else None, pairs, width, vector)
     flat = words.flatten(0, 1).view(torch.int32)
     out_tiles, pair_tiles = math.ceil(flat.shape[1] / width), math.ceil(inputs / 2 / pairs)
     scales = 32 if table is TableDtype.INT8 else 0
-    assert stages.shape == (out_tiles, pair_tiles, flat.shape[0] * width * pairs + scales)
+    size = flat.shape[0] * width * pairs
+    assert stages.shape == (out_tiles, pair_tiles, math.ceil(size / 32) * 32 + scales)
     for o in range(out_tiles):
         for p in range(pair_tiles):
-            tile = stages[o, p, : flat.shape[0] * width * pairs].view(flat.shape[0], width, pairs)
+            tile = stages[o, p, :size].view(flat.shape[0], width // vector, pairs, vector)
+            tile = tile.transpose(2, 3).flatten(1, 2)
             part = flat[:, o * width : (o + 1) * width, p * pairs : (p + 1) * pairs]
             assert torch.equal(tile[:, : part.shape[1], : part.shape[2]], part)
             assert not tile[:, part.shape[1] :].any()
@@ -124,7 +128,7 @@ def test_stages_hold_tiles_with_zeros_beyond_the_edges(table: TableDtype) -> Non
 
 def test_tables_that_stay_are_arranged_once_and_again_when_written_to() -> None:
     table = torch.randn(6, 6, 8, 4)
-    name = packing.stages_name(4, 8)
+    name = packing.stages_name(4, 8, 1)
     first = packing.arranged({"table": table}, {name}, TableDtype.FLOAT32)[name]
     assert packing.arranged({"table": table}, {name}, TableDtype.FLOAT32)[name] is first
     table.mul_(2)
@@ -140,7 +144,7 @@ def test_only_tables_that_change_are_arranged_by_the_plan(constant: bool) -> Non
     plan = FAMILY.plan(asked, PARAMETERS)
     kernels = [step.kernel for step in plan.steps if isinstance(step, Launch)]
     assert ("lmkan_arrange_table" in kernels) is not constant
-    assert (packing.stages_name(4, 8) in plan.buffers) is constant
+    assert (packing.stages_name(4, 8, 1) in plan.buffers) is constant
 
 
 def test_results_need_no_zeros_and_no_order_but_their_own() -> None:
@@ -159,7 +163,7 @@ def test_results_need_no_zeros_and_no_order_but_their_own() -> None:
 @pytest.mark.parametrize(
     ("change", "limit"),
     [
-        ({"pairs": 2, "outs": 8}, "tile"),
+        ({"pairs": 1, "outs": 8, "ahead": 1}, "tile"),
         ({"pairs": 16, "outs": 32}, "shared_memory"),
         ({"ahead": 8}, "wasted"),
         ({"samples": 8, "threads": 512}, "registers"),

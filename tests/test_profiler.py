@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from lmkan_gen import LMKAN2DLayer, dispatch
 from lmkan_gen.device import target
 from lmkan_gen.families import families
-from lmkan_gen.plan import Launch
+from lmkan_gen.plan import Fill, Launch
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 
 PERFORMANCE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -39,6 +39,7 @@ def test_kernel_names_are_documented() -> None:
                 if not family.violations(problem, parameters):
                     steps = family.plan(problem, parameters).steps
                     launched |= {s.kernel for s in steps if isinstance(s, Launch)}
+                    launched |= {"lmkan_zero" for s in steps if isinstance(s, Fill)}
     assert documented() == launched
 
 

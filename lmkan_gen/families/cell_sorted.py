@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.plan import Argument, Constant, Fill, KernelSpec, Launch, LaunchPlan, Workspace, strides
@@ -15,17 +16,23 @@ from lmkan_gen.problem import Operation, Problem, TableDtype
 _WARP = 32
 _SORT_THREADS = 1024
 _BLOCK_WARPS = 8
-_MAX_BUCKETS = 8192  # 32 KiB of counters: fits the default shared memory of every GPU
+_MAX_BUCKETS = 16384  # counters of a sort, 64 KiB
+#: chunks of so many items are so long that not all outputs' gradients may have room
+_SLICED_ITEMS = 128
+#: pairs that a launch should have, where it cannot have all
+_LEAST_PAIRS = 16
 _RECORD_BYTES = 16
 #: of an output gradient or a coefficient, which are rounded together
 _VALUE_BYTES = {TableDtype.FLOAT32: 4, TableDtype.FLOAT16: 2, TableDtype.BFLOAT16: 2}
 _REGISTERS = 65536
 _MAX_GRID = 65535  # blocks along the second and third axis
+#: along the outputs, where lanes get many of them: what a sample costs is shared by its lanes' outputs
+_LEAST_LANES = 8
 #: of a walk's launch, per multiprocessor: four times what it holds
 _ENOUGH_WARPS = 64
 #: in a fixed order shorter segments would leave more bytes at their edges than is worth their number
 _LEAST_ORDERED_SEGMENT = 64
-_SEGMENTS = (32, 64, 128, 256, 512, 1024)
+_SEGMENTS = (16, 32, 64, 128, 256, 512, 1024)
 
 
 class CellSorted(Family):
@@ -43,11 +50,12 @@ class CellSorted(Family):
     def space(self, operation: Operation) -> Mapping[str, tuple[Constant, ...]]:
         """See base class.
 
-        ``items * 1024`` samples are sorted together, a warp walks ``segment`` of them, a lane has
-        ``vector`` outputs and asks for ``unroll`` samples at once; a multiprocessor holds ``blocks``.
+        ``items * 1024`` samples are sorted together; as many lanes as it takes, or several warps, walk
+        ``segment`` of them, a lane having ``vector`` outputs and asking for ``unroll`` samples at once; a
+        multiprocessor holds ``blocks``.
         """
         return {
-            "items": (1, 2, 4, 8, 16, 32),
+            "items": (1, 2, 4, 8, 16, 32, 64, 128, 256),
             "segment": _SEGMENTS,
             "vector": (1, 2, 4, 8),
             "unroll": (2, 4, 8),
@@ -70,7 +78,7 @@ class CellSorted(Family):
         with_input = problem.operation is not Operation.GRAD_TABLE
         with_table = problem.operation is not Operation.GRAD_INPUT
         # two numbers may be added to zero in any order
-        if problem.deterministic and with_input and (beside := _out_blocks(problem, vector)) > 2:
+        if problem.deterministic and with_input and (beside := _out_blocks(problem, items, vector)) > 2:
             found.append(
                 Violation(
                     "deterministic",
@@ -95,7 +103,9 @@ class CellSorted(Family):
                 )
             )
         edges = _edge_bytes(problem, items, segment, vector)
-        need = _scratch(problem, items, vector) + edges
+        pairs = shape.pairs if _ordered(problem) else min(shape.pairs, _LEAST_PAIRS)
+        slices = _out_blocks(problem, items, vector) if items >= _SLICED_ITEMS else 1
+        need = _scratch(problem, items, vector, pairs, slices) + edges
         if need > problem.workspace and (items > 1 or edges):
             found.append(
                 Violation(
@@ -104,9 +114,11 @@ class CellSorted(Family):
                     f"the limit is {problem.workspace}",
                 )
             )
-        if vector > 1 and 16 * vector >= shape.outputs:
+        if (lanes := _lanes(shape.outputs, vector)) < 2 * unroll * with_input:
             found.append(
-                Violation("wasted", f"vector={vector} covers {_WARP * vector} outputs of {shape.outputs}")
+                Violation(
+                    "lanes", f"vector={vector} leaves {lanes} lanes for sums of {unroll} samples over outputs"
+                )
             )
         if segment > _SORT_THREADS * items:
             found.append(Violation("wasted", f"segment={segment} is longer than a chunk"))
@@ -123,7 +135,7 @@ class CellSorted(Family):
         kept = (asked + 4 * with_table + 3 * with_input) * vector + 2 * unroll * with_input
         # addresses and weights; before sm_90 additions are single, each with an address of its own
         kept += 24 if device.compute_capability >= 90 else 40
-        limit = min(255, _REGISTERS // (blocks * _WARP * _warps(problem, vector)))
+        limit = min(255, _REGISTERS // (blocks * _WARP * _warps(problem, items, vector)))
         if kept > limit:
             found.append(
                 Violation(
@@ -137,19 +149,20 @@ class CellSorted(Family):
     @staticmethod
     def _shared_memory(problem: Problem, parameters: Parameters) -> int:
         """Bytes of a walking block: staged records, and for input gradients two numbers a sample and warp."""
-        _, segment, vector, _, _ = _values(problem, parameters)
-        warps = _warps(problem, vector)
-        records = warps // _out_warps(problem, vector) * segment * _RECORD_BYTES
-        return records + (problem.operation is not Operation.GRAD_TABLE) * warps * segment * 8
+        items, segment, vector, _, _ = _values(problem, parameters)
+        warps = _warps(problem, items, vector)
+        runs = warps * (_WARP // _lanes(problem.shape.outputs, vector))
+        records = runs // _out_warps(problem, items, vector) * segment * _RECORD_BYTES
+        return records + (problem.operation is not Operation.GRAD_TABLE) * runs * segment * 8
 
     def default(self, problem: Problem) -> Parameters | None:
         """Wide lanes, chunks whose gradients stay in cache, segments short enough to fill the device."""
         shape = problem.shape
         # finer grids need more samples in a chunk for runs of equal cells
-        sizes = (16, 8, 4, 2, 1) if shape.knots > 1000 else (8, 4, 2, 1)
+        sizes = tuple(s for s in (64, 32, 16, 8, 4, 2, 1) if s <= 8 or 1000 * s < 16 * shape.knots)
         warps_wanted = 16 * problem.device.multiprocessors
-        for vector in (v for v in (8, 4, 2, 1) if v == 1 or 16 * v < shape.outputs):
-            runs = shape.pairs * -(-shape.outputs // (_WARP * vector))
+        for vector in (v for v in (8, 4, 2, 1) if v == 1 or _LEAST_LANES * v <= max(shape.outputs, _WARP)):
+            runs = shape.pairs * _padded(shape.outputs, vector) // (_WARP * vector)
             for items in sizes:
                 samples = min(shape.batch, items * _SORT_THREADS)
                 enough = [s for s in (512, 256, 128, 64) if runs * -(-samples // s) >= warps_wanted]
@@ -169,7 +182,7 @@ class CellSorted(Family):
     def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
         """See base class."""
         items, segment, vector, unroll, blocks = _values(problem, parameters)
-        out_warps = _out_warps(problem, vector)
+        out_warps, lanes = _out_warps(problem, items, vector), _lanes(problem.shape.outputs, vector)
         return KernelSpec.make(
             "cell_sorted.cu.j2",
             problem.device.arch,
@@ -182,8 +195,9 @@ class CellSorted(Family):
                 "unroll": unroll,
                 "blocks": blocks,
                 "out_warps": out_warps,
-                "segments": _warps(problem, vector) // out_warps,
-                "shift": _shift(problem.shape.knots),
+                "lanes": lanes,
+                "segments": _warps(problem, items, vector) // out_warps * (_WARP // lanes),
+                "shift": _shift(problem),
                 "capability": problem.device.compute_capability,
                 "table": str(problem.table),
                 "strided": int(not problem.is_plain),
@@ -200,22 +214,25 @@ class CellSorted(Family):
         ordered = _ordered(problem)
         chunk = _SORT_THREADS * items
         padded = _padded(shape.outputs, vector)
-        out_warps, warps = _out_warps(problem, vector), _warps(problem, vector)
-        out_blocks = _out_blocks(problem, vector)
+        out_warps, warps = _out_warps(problem, items, vector), _warps(problem, items, vector)
+        out_blocks = _out_blocks(problem, items, vector)
         coefficients = padded * shape.knots * shape.pairs
         value_bytes = _VALUE_BYTES[problem.table]
         tiles = (shape.knots, -(-shape.outputs // 32), -(-shape.pairs // 32))
         division = _divide(problem, parameters)
         slab = min(chunk * division.slab, -(-shape.batch // chunk) * chunk)
+        width = padded // division.slices
         workspaces = [
-            Workspace("records", _RECORD_BYTES * shape.pairs * slab),
-            Workspace("rows", value_bytes * padded * (min(slab, shape.batch) + 1)),
+            Workspace("records", _RECORD_BYTES * division.pairs * slab),
+            Workspace("rows", value_bytes * width * (min(slab, shape.batch) + 1)),
         ]
         steps: list[Fill | Launch] = []
         sizes = (shape.pairs, shape.outputs, padded)
+        # what has nothing to do with the first slab's samples; the kernels of either overlap
+        first_steps: list[Fill | Launch] = []
         if with_table:
             workspaces.append(Workspace("sums", 4 * coefficients * division.copies * division.planes))
-            steps.append(Fill("sums"))
+            first_steps.append(Fill("sums"))
         if ordered:
             together = min(division.together, -(-shape.batch // chunk))
             edges = _edge_bytes(problem, items, segment, vector) * together
@@ -224,31 +241,41 @@ class CellSorted(Family):
             workspaces.append(Workspace("packed", value_bytes * coefficients))
             # all of the padded outputs are read, so all of them are written
             grid = (shape.knots, padded // 32, -(-shape.pairs // 32))
-            steps.append(Launch("lmkan_pack_table", ("table", "packed", *sizes), grid, 256))
             if out_blocks > 1:
-                steps.append(Fill("grad_x"))
+                first_steps.append(Fill("grad_x"))
+            first_steps.append(Launch("lmkan_pack_table", ("table", "packed", *sizes), grid, 256))
         batch = (shape.batch,) if problem.is_plain else ()
-        samples_per_block = segment * (warps // out_warps)
-        for first in range(0, shape.batch, slab):
-            count = min(slab, shape.batch - first)
+        samples_per_block = segment * (warps // out_warps) * (_WARP // _lanes(shape.outputs, vector))
+        parts = product(
+            range(0, shape.batch, slab), range(0, shape.pairs, division.pairs), range(0, padded, width)
+        )
+        for first, first_pair, first_out in parts:
+            count, pairs = min(slab, shape.batch - first), min(division.pairs, shape.pairs - first_pair)
             chunks = -(-count // chunk)
-            steps.append(
-                Launch(
-                    "lmkan_transpose_gradient",
-                    ("grad", "rows", *strides("grad"), shape.outputs, padded, first, count),
-                    (-(-(count + 1) // 32), padded // 32, 1),
-                    256,
+            reused = int(bool(steps))
+            if first_out == 0:
+                samples = (*(batch or strides("x")), first, count, first_pair, shape.pairs)
+                steps.append(
+                    Launch(
+                        "lmkan_sort_samples",
+                        ("x", "borders", "records", *samples, reused),
+                        (pairs, chunks, 1),
+                        _SORT_THREADS,
+                        _sort_memory(problem, items),
+                    )
                 )
-            )
-            steps.append(
-                Launch(
-                    "lmkan_sort_samples",
-                    ("x", "borders", "records", *(batch or strides("x")), first, count),
-                    (shape.pairs, chunks, 1),
-                    _SORT_THREADS,
-                    _sort_memory(problem, items),
+            if first_pair == 0 or division.slices > 1:
+                part = (shape.outputs, width, first_out, first, count)
+                steps.append(
+                    Launch(
+                        "lmkan_transpose_gradient",
+                        ("grad", "rows", *strides("grad"), *part, reused),
+                        (-(-(count + 1) // 32), width // 32, 1),
+                        256,
+                    )
                 )
-            )
+            if not reused:
+                steps += first_steps
             for skipped in range(0, chunks, division.together):
                 walked = min(division.together, chunks - skipped)
                 arguments: list[Argument] = ["records", "rows"]
@@ -270,8 +297,12 @@ class CellSorted(Family):
                 steps.append(
                     Launch(
                         f"lmkan_{operation}_walk",
-                        (*arguments, padded, count, shape.pairs),
-                        (-(-min(chunk, count) // samples_per_block), out_blocks, shape.pairs * walked),
+                        (*arguments, first_pair, shape.pairs, width, first_out, padded, count, pairs),
+                        (
+                            -(-min(chunk, count) // samples_per_block),
+                            out_blocks // division.slices,
+                            pairs * walked,
+                        ),
                         _WARP * warps,
                         self._shared_memory(problem, parameters),
                     )
@@ -296,44 +327,63 @@ class _Division:
     """How chunks follow each other.
 
     Attributes:
-        slab: chunks that are sorted by one launch, and need scratch memory at the same time.
+        pairs: that are sorted by one launch, and need scratch memory at the same time: all of them, or some.
+        slab: chunks, likewise.
         together: chunks that are walked by one launch.
+        slices: of the outputs, walked one after the other.
         copies: of the sums. Several only in a fixed order, where chunks of one launch have one each.
         planes: 2 where lower and upper corners have sums of their own, else 1.
     """
 
+    pairs: int
     slab: int
     together: int
+    slices: int = 1
     copies: int = 1
     planes: int = 1
 
 
 def _divide(problem: Problem, parameters: Parameters) -> _Division:
-    """As many chunks at a time as the workspace holds; in a fixed order, copies of the sums in it as well."""
+    """As many chunks at a time as the workspace holds; in a fixed order, copies of the sums in it as well.
+
+    Where it does not hold one chunk, of that as many pairs, beside all outputs or slices of them.
+    """
     shape, limit = problem.shape, problem.workspace
     items, segment, vector, _, _ = _values(problem, parameters)
     most = max(1, _MAX_GRID // shape.pairs)
-    scratch = _scratch(problem, items, vector)
+    scratch = _scratch(problem, items, vector, shape.pairs)
     if not _ordered(problem):
+        if scratch > limit:
+            blocks = _out_blocks(problem, items, vector) if items >= _SLICED_ITEMS else 1
+            # samples of a slice and records should both have half of it
+            fits = (
+                s
+                for s in range(1, blocks)
+                if blocks % s == 0 and 2 * _scratch(problem, items, vector, 0, s) <= limit
+            )
+            slices = next(fits, blocks)
+            left = limit - _scratch(problem, items, vector, 0, slices)
+            slabs = -(-shape.pairs // max(1, left // (_SORT_THREADS * items * _RECORD_BYTES)))
+            return _Division(-(-shape.pairs // slabs), 1, 1, slices)
         slab = max(1, min(limit // scratch, most))
-        return _Division(slab, slab)
+        return _Division(shape.pairs, slab, slab)
     padded = _padded(shape.outputs, vector)
     sums, edges = 4 * padded * shape.knots * shape.pairs, _edge_bytes(problem, items, segment, vector)
     chunks = -(-shape.batch // (_SORT_THREADS * items))
     # of one chunk; a launch should have enough of them for its last ones not to matter
-    warps = shape.pairs * (_edges(problem, items, segment) + 1) * (padded // (_WARP * vector))
+    warps = -(-shape.pairs * (_edges(problem, items, segment) + 1) * padded // (_WARP * vector))
     enough = _ENOUGH_WARPS * problem.device.multiprocessors
     # two copies, or planes, are allowed for: they are needed where there are several chunks
     beside = max(0, chunks - 2) * sums
     if chunks <= 2 or (chunks * warps <= 2 * enough and beside + scratch + edges <= limit):
         slab = max(1, min((limit - beside) // (scratch + edges), most))
-        return _Division(slab, slab, copies=chunks)
+        return _Division(shape.pairs, slab, slab, copies=chunks)
     together = max(1, min(enough // warps, most))
     while together > 1 and 2 * (together - 1) * sums + together * (scratch + edges) > limit:
         together -= 1
     left = limit - 2 * (together - 1) * sums - together * edges
     slab = max(1, min(left // scratch, most) // together) * together
-    return _Division(slab, together, copies=together, planes=2)
+    return _Division(shape.pairs, slab, together, copies=together, planes=2)
 
 
 def _ordered(problem: Problem) -> bool:
@@ -356,22 +406,18 @@ def _edge_bytes(problem: Problem, items: int, segment: int, vector: int) -> int:
 
 def _sort_memory(problem: Problem, items: int) -> int:
     """Bytes of dynamic shared memory of a sorting block."""
-    grids, knots = problem.shape.grids, problem.shape.knots
+    grids = problem.shape.grids
     if not _ordered(problem):
-        return 4 * ((knots >> _shift(knots)) + 1 + grids + 1)
+        return 4 * ((problem.shape.knots >> _shift(problem)) + 1 + grids + 1)
     counts = _SORT_THREADS // _WARP * (grids | 1)
     # beside the counts: totals, knots, and two 16-bit numbers a sample
     return 4 * (counts + grids + grids + 1 + _SORT_THREADS * items)
 
 
-def _scratch(problem: Problem, items: int, vector: int) -> int:
-    """Bytes of one chunk's records and transposed gradients (packed tables come on top)."""
-    shape = problem.shape
-    return (
-        _SORT_THREADS
-        * items
-        * (_RECORD_BYTES * shape.pairs + _VALUE_BYTES[problem.table] * _padded(shape.outputs, vector))
-    )
+def _scratch(problem: Problem, items: int, vector: int, pairs: int, slices: int = 1) -> int:
+    """Bytes of one chunk's records, of so many pairs, and a slice's gradients (packed tables on top)."""
+    gradients = _VALUE_BYTES[problem.table] * _padded(problem.shape.outputs, vector) // slices
+    return _SORT_THREADS * items * (_RECORD_BYTES * pairs + gradients)
 
 
 def _values(problem: Problem, parameters: Parameters) -> tuple[int, int, int, int, int]:
@@ -384,33 +430,47 @@ def _values(problem: Problem, parameters: Parameters) -> tuple[int, int, int, in
     return items, segment, vector, unroll, blocks
 
 
-def _out_warps(problem: Problem, vector: int) -> int:
-    """Warps of a block that stand side by side along the outputs; blocks of them make up a padded row."""
-    warps = _padded(problem.shape.outputs, vector) // (_WARP * vector)
+def _lanes(outputs: int, vector: int) -> int:
+    """Lanes of a warp that stand side by side along the outputs, a power of two."""
+    enough = 1 << (-(-outputs // vector) - 1).bit_length()
+    return min(_WARP, max(enough, _WARP // vector))
+
+
+def _out_warps(problem: Problem, items: int, vector: int) -> int:
+    """Warps of a block that stand side by side along the outputs; blocks of them make up a padded row.
+
+    One where chunks are so long that outputs may have to be divided into slices, of whole blocks.
+    """
+    if items >= _SLICED_ITEMS:
+        return 1
+    warps = max(1, _padded(problem.shape.outputs, vector) // (_WARP * vector))
     return warps // -(-warps // _BLOCK_WARPS)
 
 
-def _out_blocks(problem: Problem, vector: int) -> int:
+def _out_blocks(problem: Problem, items: int, vector: int) -> int:
     """Blocks that stand side by side along the outputs."""
-    return -(-_padded(problem.shape.outputs, vector) // (_WARP * vector * _out_warps(problem, vector)))
+    return -(-_padded(problem.shape.outputs, vector) // (_WARP * vector * _out_warps(problem, items, vector)))
 
 
-def _warps(problem: Problem, vector: int) -> int:
+def _warps(problem: Problem, items: int, vector: int) -> int:
     """Warps of a walking block."""
-    out_warps = _out_warps(problem, vector)
+    out_warps = _out_warps(problem, items, vector)
     return _BLOCK_WARPS // out_warps * out_warps
 
 
 def _padded(outputs: int, vector: int) -> int:
-    """Outputs as whole warps, and these as equal blocks."""
+    """Outputs as whole warps, and these as equal blocks; or as part of a warp."""
+    if (lanes := _lanes(outputs, vector)) < _WARP:
+        return lanes * vector
     warps = -(-outputs // (_WARP * vector))
     blocks = -(-warps // _BLOCK_WARPS)
     return -(-warps // blocks) * blocks * _WARP * vector
 
 
-def _shift(knots: int) -> int:
-    """Knots per sorting bucket as a power of two: 0 up to a grid of about 90."""
-    return (knots // _MAX_BUCKETS).bit_length()
+def _shift(problem: Problem) -> int:
+    """Knots per sorting bucket as a power of two: 0 up to a grid of 126, if shared memory has room for it."""
+    room = problem.device.shared_memory_per_block // 4 - problem.shape.grids - 256
+    return (problem.shape.knots // max(1024, min(_MAX_BUCKETS, room))).bit_length()
 
 
 FAMILY = CellSorted()

@@ -34,19 +34,26 @@ def is_partial(problem: Problem, pairs: int, outs: int) -> bool:
     return bool(problem.shape.inputs % (2 * pairs) or problem.shape.outputs % outs)
 
 
+def half_rows(problem: Problem, pairs: int, outs: int) -> bool:
+    """Whether a row of so many pairs and outputs takes half of the banks, so that two knots share them."""
+    return 2 * pairs * outs // pack(problem) == WARP
+
+
 def layout(problem: Problem) -> tuple[Stride, ...]:
     """What kernels are told of how ``x`` lies: nothing where that needs no care."""
     return () if problem.is_plain else strides("x")
 
 
-def constants(problem: Problem, pairs: int, outs: int) -> dict[str, Constant]:
-    """Constants of the shared templates, for tiles of so many pairs and outputs."""
+def constants(problem: Problem, pairs: int, outs: int, vector: int = 1) -> dict[str, Constant]:
+    """Constants of the shared templates, for tiles of so many pairs and outputs, ``vector`` words a read."""
     return {
         "operation": str(problem.operation),
         "grids": problem.shape.grids,
         "pairs": pairs,
         "outs": outs,
         "partial": int(is_partial(problem, pairs, outs)),
+        "vector": vector,
+        "half_rows": int(half_rows(problem, pairs, outs)),
         "table": str(problem.table),
         "scale_pairs": SCALE_PAIRS,
         "weight_one": WEIGHT_ONE,

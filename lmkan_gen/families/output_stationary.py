@@ -20,6 +20,7 @@ _MAX_GRID = 65535  # blocks along the second axis
 _MAX_STAGES = 2**31 - 1
 #: measured on an H200; only their ratios matter
 _CYCLES_PER_US, _COPY_RATE, _LAUNCH_US = 1900.0, 4.0e6, 2.0
+_CACHE_RATE = 25.0  # bytes a cycle from the level-2 cache to a multiprocessor
 _LATENCY_CYCLES = 800.0  # of the level-2 cache under load: what is asked for should be used no sooner
 
 
@@ -41,17 +42,19 @@ class OutputStationary(Family):
         """See base class.
 
         A stage holds the tables of ``pairs`` pairs and ``outs`` outputs; a lane sums over pairs (forward) or
-        outputs for ``samples`` samples. Loads of coordinates run ``ahead`` by so many pairs.
+        outputs for ``samples`` samples. Loads of coordinates run ``ahead`` by so many pairs. It reads
+        ``vector`` words of a table at a time.
         """
         common: dict[str, tuple[Constant, ...]] = {
-            "samples": (1, 2, 3, 4, 6, 8),
-            "threads": (64, 256, 384, 512),
-            "stages": (2, 4),
+            "samples": (1, 2, 3, 4, 5, 6, 8),
+            "threads": (64, 256, 384, 448, 512, 640, 768),
+            "stages": (2, 3, 4, 6, 8),
             "blocks": (1, 8),
+            "vector": (1, 2, 4),
         }
         if operation is Operation.FORWARD:
-            return {"pairs": (2, 4, 8), "outs": (8, 16, 32), "ahead": (2, 4, 8)} | common
-        return {"pairs": (2, 4, 8, 16), "outs": (4, 8, 16)} | common
+            return {"pairs": (1, 2, 4, 8), "outs": (8, 16, 32), "ahead": (1, 2, 4, 8)} | common
+        return {"pairs": (1, 2, 4, 8, 16), "outs": (2, 4, 8, 16)} | common
 
     def shared_memory(self, problem: Problem, parameters: Parameters) -> int:
         """Bytes of dynamic shared memory of one block."""
@@ -67,11 +70,22 @@ class OutputStationary(Family):
             return [Violation("architecture", why)]
         found = []
         words = outs // lanes.pack(problem)
-        if pairs * words % lanes.WARP:
+        narrow_rows = lanes.half_rows(problem, pairs, outs) and problem.table is not TableDtype.INT8
+        if pairs * words % lanes.WARP and not narrow_rows:
             found.append(
                 Violation(
                     "tile",
-                    f"a row of {pairs} pairs x {words} words is no multiple of the {lanes.WARP} banks",
+                    f"a row of {pairs} pairs x {words} words is no multiple of the {lanes.WARP} banks, nor "
+                    "half of them with two knots to read from",
+                )
+            )
+        vector = _vector(parameters)
+        places = lanes.WARP // (2 if narrow_rows else 1) // vector
+        if words % vector or pairs > places:
+            found.append(
+                Violation(
+                    "tile",
+                    f"{pairs} pairs x {words} words cannot be read {vector} at a time without bank conflicts",
                 )
             )
         blocks = int(parameters["blocks"])
@@ -88,6 +102,12 @@ class OutputStationary(Family):
             )
         if ahead > pairs:
             found.append(Violation("wasted", f"ahead={ahead} is more than a stage's {pairs} pairs"))
+        if problem.operation is Operation.FORWARD and ahead < min(2, pairs):
+            found.append(Violation("wasted", f"ahead={ahead} pair leaves loads no time"))
+        if problem.operation is Operation.FORWARD and ahead % 2 and lanes.pack(problem) > 1:
+            found.append(
+                Violation("table", f"two pairs share a sum in {problem.table}, ahead={ahead} is odd")
+            )
         if problem.table is TableDtype.INT8 and pairs > SCALE_PAIRS:
             found.append(Violation("table", f"int8 scales are those of {SCALE_PAIRS} pairs, not {pairs}"))
         needed = self._registers(problem, parameters)
@@ -118,13 +138,13 @@ class OutputStationary(Family):
         return outs >= 2 * shape.outputs or pairs >= 2 * shape.pairs or (samples - 1) * threads >= shape.batch
 
     @staticmethod
-    def _together(problem: Problem, tiles: int, groups: int, table_bytes: int) -> int:
+    def _together(problem: Problem, tiles: int, groups: int, table_bytes: int, blocks: int) -> int:
         """Tiles that blocks work at together, such that device memory is read the least.
 
         With ``n`` blocks at ``t`` of all tiles the table is read ``groups * t / n`` times; what belongs to
         samples, coordinates or gradients, ``tiles / t`` times.
         """
-        shape, blocks = problem.shape, problem.device.multiprocessors
+        shape = problem.shape
         of_samples = shape.batch * (
             8 * shape.pairs if problem.operation is Operation.FORWARD else 4 * shape.outputs
         )
@@ -170,11 +190,12 @@ class OutputStationary(Family):
     @staticmethod
     def _default_candidates(problem: Problem) -> Iterator[dict[str, Constant]]:
         forward, is_float = problem.operation is Operation.FORWARD, problem.table is TableDtype.FLOAT32
-        tiles = product((2, 4, 8), (8, 16, 32)) if forward else product((4, 8), (4, 8, 16))
+        tiles = product((1, 2, 4, 8), (8, 16, 32)) if forward else product((4, 8), (4, 8, 16))
         several = (1, 2, 3, 4, 6, 8) if forward else (1, 2, 3, 4)
         for (pairs, outs), samples, threads in product(tiles, several, (256, 384, 512)):
             parameters: dict[str, Constant] = {"pairs": pairs, "outs": outs, "samples": samples}
             parameters |= {"threads": threads, "stages": 2, "blocks": 1}
+            parameters |= {"vector": 2 if pairs <= 16 else 1}
             yield parameters | {"ahead": min(pairs, 2 if is_float else 4)} if forward else parameters
 
     def estimate(self, problem: Problem, parameters: Parameters) -> float:
@@ -194,8 +215,9 @@ class OutputStationary(Family):
             each = 10.5 if problem.table is TableDtype.FLOAT32 else 9.5
             instructions = each * pairs * outs + 6 * outs + 30
             turn = warps * max(passes, instructions / 4)
-        filling = _stage_bytes(problem, pairs, outs) / 128 / samples / warps
-        cycles = warps * max(passes + filling, instructions / 4)
+        stage = _stage_bytes(problem, pairs, outs) / samples / warps
+        cycles = warps * max(passes + stage / 128, instructions / 4)
+        cycles = max(cycles, warps * stage / _CACHE_RATE)
         cycles *= (1 + 8 / warps**2) * max(1.0, _LATENCY_CYCLES / turn)
         # columns of samples of the busiest block
         pair_tiles, out_tiles = -(-shape.pairs // pairs), -(-shape.outputs // outs)
@@ -211,7 +233,7 @@ class OutputStationary(Family):
     def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
         """See base class."""
         pairs, outs, samples, threads, stages, ahead = _values(parameters)
-        constants = lanes.constants(problem, pairs, outs) | {
+        constants = lanes.constants(problem, pairs, outs, _vector(parameters)) | {
             "samples": samples,
             "threads": threads,
             "stages": stages,
@@ -230,10 +252,11 @@ class OutputStationary(Family):
         table_bytes = out_tiles * pair_tiles * _stage_bytes(problem, pairs, outs)
         workspaces, launch = lanes.prepass(problem, pairs, spare=samples * warps)
         steps = [launch]
-        if problem.constant and forward:
-            stages = stages_name(pairs, outs // lanes.pack(problem))
-        else:
-            stages = "stages"
+        arranged = not (problem.constant and forward)
+        stages = (
+            "stages" if arranged else stages_name(pairs, outs // lanes.pack(problem), _vector(parameters))
+        )
+        if arranged:
             workspaces.append(Workspace(stages, table_bytes))
             words = -(-shape.outputs // lanes.pack(problem))
             arguments: tuple[Argument, ...] = (
@@ -244,18 +267,19 @@ class OutputStationary(Family):
             )
             steps.append(Launch("lmkan_arrange_table", arguments, (lanes.rows(problem), out_tiles, 1), 256))
         borders: tuple[str, ...] = () if forward else ("borders",)
+        by_plan: tuple[int, ...] = (int(arranged),) if forward else ()
         buffers: tuple[str, ...] = ("y",) if forward else ("grad", "grad_x")
         tiles = out_tiles if forward else pair_tiles
         groups = -(-shape.batch // (samples * threads))
-        together = self._together(problem, tiles, groups, table_bytes)
         sizes = (shape.batch, shape.pairs, shape.outputs)
         # a column of samples is the least that a block works on
         columns = -(-shape.batch // threads) * tiles
         blocks = min(problem.device.multiprocessors * int(parameters["blocks"]), columns)
+        together = self._together(problem, tiles, groups, table_bytes, blocks)
         steps.append(
             Launch(
                 f"lmkan_{problem.operation}",
-                ("coordinates", *borders, stages, *buffers, *sizes, together),
+                ("coordinates", *borders, stages, *buffers, *sizes, together, *by_plan),
                 (blocks, 1, 1),
                 threads,
                 self.shared_memory(problem, parameters),
@@ -275,15 +299,20 @@ def _values(parameters: Parameters) -> tuple[int, int, int, int, int, int]:
     )
 
 
+def _vector(parameters: Parameters) -> int:
+    return int(parameters["vector"])
+
+
 def _register_limit(parameters: Parameters) -> int:
     """Registers that launch bounds leave a thread, in allocation units of 8."""
     return min(255, _REGISTERS // (int(parameters["threads"]) * int(parameters["blocks"])) // 8 * 8)
 
 
 def _stage_bytes(problem: Problem, pairs: int, outs: int) -> int:
-    """Bytes of a stage: tables, and with int8 the scales of its outputs."""
-    scales = -(-outs // lanes.WARP) * lanes.WARP if problem.table is TableDtype.INT8 else 0
-    return 4 * (lanes.rows(problem) * pairs * outs // lanes.pack(problem) + scales)
+    """Bytes of a stage: tables, and with int8 the scales of its outputs, each up to the next first bank."""
+    scales = outs if problem.table is TableDtype.INT8 else 0
+    words = (lanes.rows(problem) * pairs * outs // lanes.pack(problem), scales)
+    return sum(4 * lanes.WARP * -(-count // lanes.WARP) for count in words)
 
 
 FAMILY = OutputStationary()

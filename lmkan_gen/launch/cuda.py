@@ -1,9 +1,14 @@
-"""Runs launch plans on CUDA through the driver API, on torch's current stream and memory."""
+"""Runs launch plans on CUDA through the driver API, on torch's current stream and memory.
+
+From sm_90 on kernels follow each other closely: see the head of ``templates/launches.cuh.j2`` for what they
+promise, and `_steps` for who is launched so.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -12,11 +17,23 @@ from typing import Any
 import torch
 
 from lmkan_gen import toolchain
-from lmkan_gen.plan import Fill, KernelSpec, Launch, LaunchPlan, Stride
+from lmkan_gen.plan import Argument, KernelSpec, Launch, LaunchPlan, Stride
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Bytes of a buffer, known at the call."""
+
+    buffer: str
+
 
 Runner = Callable[[Mapping[str, torch.Tensor]], None]
-_Values = Mapping[str | Stride, int]
+_Values = Mapping[str | Stride | _Size, int]
 _Step = Callable[[_Values, int], None]
+
+_ZERO, _ZERO_THREADS = "lmkan_zero", 256  # of templates/lmkan.cuh.j2
+#: compute capability from which on kernels can wait for others by themselves
+_CLOSELY = 90
 
 
 def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Runner:
@@ -33,7 +50,7 @@ def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Runner:
     index = device.index if device.index is not None else torch.cuda.current_device()
     target = torch.device("cuda", index)
     with torch.cuda.device(index):
-        steps = [_bind(step, binary.path, index) for step in plan.steps]
+        steps = list(_steps(spec, plan, binary.path, index))
     strides = plan.strides
     lock = Lock()
 
@@ -41,23 +58,45 @@ def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Runner:
         with torch.cuda.device(index):
             # no tensors: those are filled where deterministic algorithms are asked for
             scratch = {w.name: torch.UntypedStorage(w.bytes, device=target) for w in plan.workspaces}
-            values: dict[str | Stride, int] = {name: tensor.data_ptr() for name, tensor in buffers.items()}
+            values: dict[str | Stride | _Size, int] = {name: t.data_ptr() for name, t in buffers.items()}
             values.update((name, storage.data_ptr()) for name, storage in scratch.items())
             values.update((s, buffers[s.buffer].stride(s.axis)) for s in strides)
-            sizes = {name: tensor.nbytes for name, tensor in buffers.items()}
-            sizes |= {w.name: w.bytes for w in plan.workspaces}
+            values.update((_Size(name), tensor.nbytes) for name, tensor in buffers.items())
+            values.update((_Size(w.name), w.bytes) for w in plan.workspaces)
             stream = torch.cuda.current_stream(index).cuda_stream
             with lock:  # argument memory is shared between calls
                 for step in steps:
-                    if isinstance(step, str):
-                        _check(
-                            _driver().cuMemsetD8Async(values[step], 0, sizes[step], stream),
-                            f"zeroing {step}",
-                        )
-                    else:
-                        step(values, stream)
+                    step(values, stream)
 
     return run
+
+
+def _follows_closely(spec: KernelSpec) -> bool:
+    """Whether the kernels of ``spec`` wait for those before them, by themselves."""
+    return int(spec.arch.removeprefix("sm_")) >= _CLOSELY
+
+
+def _steps(spec: KernelSpec, plan: LaunchPlan, path: Path, index: int) -> Iterator[_Step]:
+    """The plan's steps, ready to run.
+
+    All kernels but the first may start before the one ahead has ended. The first follows kernels that know
+    nothing of it. What zeroes does not wait, so it keeps its turn where the buffer has been touched before.
+    """
+    closely = _follows_closely(spec)
+    touched: set[Argument] = set()
+    for k, step in enumerate(plan.steps):
+        if isinstance(step, Launch):
+            yield _bind(step, step.arguments, path, index, closely and k > 0)
+            touched.update(step.arguments)
+            continue
+        if closely:
+            blocks = 2 * torch.cuda.get_device_properties(index).multi_processor_count
+            zero = Launch(_ZERO, (), (blocks, 1, 1), _ZERO_THREADS)
+            arguments = (step.buffer, _Size(step.buffer))
+            yield _bind(zero, arguments, path, index, k > 0 and step.buffer not in touched)
+        else:
+            yield _memset(step.buffer)
+        touched.add(step.buffer)
 
 
 @cache
@@ -90,9 +129,17 @@ def _function(path: Path, index: int, kernel: str) -> Any:
     )
 
 
-def _bind(step: Fill | Launch, path: Path, index: int) -> str | _Step:
-    if isinstance(step, Fill):
-        return step.buffer
+def _memset(buffer: str) -> _Step:
+    def zero(known: _Values, stream: int) -> None:
+        _check(_driver().cuMemsetD8Async(known[buffer], 0, known[_Size(buffer)], stream), f"zeroing {buffer}")
+
+    return zero
+
+
+def _bind(
+    step: Launch, arguments: tuple[Argument | _Size, ...], path: Path, index: int, closely: bool
+) -> _Step:
+    """``step`` with ``arguments`` as a call of the driver; ``closely``: it may start before its turn."""
     driver = _driver()
     function = _function(path, index, step.kernel)
     if step.shared_memory:
@@ -106,24 +153,45 @@ def _bind(step: Fill | Launch, path: Path, index: int) -> str | _Step:
                 f"giving {step.kernel} {step.shared_memory} bytes of shared memory",
             )
     # every argument is 8 bytes: an address or a signed integer
-    values = (ctypes.c_int64 * len(step.arguments))(*(a if isinstance(a, int) else 0 for a in step.arguments))
+    values = (ctypes.c_int64 * len(arguments))(*(a if isinstance(a, int) else 0 for a in arguments))
     base = ctypes.addressof(values)
     pointers = (ctypes.c_void_p * len(values))(*(base + 8 * k for k in range(len(values))))
     parameters = ctypes.addressof(pointers)
-    variable = [(k, a) for k, a in enumerate(step.arguments) if not isinstance(a, int)]
+    variable = [(k, a) for k, a in enumerate(arguments) if not isinstance(a, int)]
     doing = (
         f"launching {step.kernel} (grid {step.grid}, block {step.block}, shared memory {step.shared_memory})"
     )
+    config = _close_launch(step) if closely else None
 
     def launch(known: _Values, stream: int, _keep: Any = pointers) -> None:
+        nonlocal config
         for k, argument in variable:
             values[k] = known[argument]
+        if config is not None:
+            config.hStream = stream
+            if int(driver.cuLaunchKernelEx(config, function, parameters, 0)[0]) == 0:
+                return
+            config = None  # a driver that has no such launches; or else the ordinary one fails as well
         status = driver.cuLaunchKernel(
             function, *step.grid, step.block, 1, 1, step.shared_memory, stream, parameters, 0
         )
         _check(status, doing)
 
     return launch
+
+
+def _close_launch(step: Launch) -> Any:
+    """What the driver is to know of a launch that may overlap the kernel before it."""
+    driver = _driver()
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = step.grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = step.block, 1, 1
+    config.sharedMemBytes = step.shared_memory
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 def unload() -> None:
