@@ -291,7 +291,8 @@ def arranged(
         forms["table"] = unpack(table)
     for name in streamed:
         known = {**buffers, **forms}
-        tile = (int(number) for number in name.removeprefix(_STREAMED).split("_"))
+        pairs, width, vector = (int(number) for number in name.removeprefix(_STREAMED).split("_"))
         fixed = table is not None or "words" in buffers
-        forms[name] = stages(known["words" if narrow else "table"], known.get("scales"), *tile, fixed)
+        source = known["words" if narrow else "table"]
+        forms[name] = stages(source, known.get("scales"), pairs, width, vector, fixed)
     return {**buffers, **forms} if forms else buffers
