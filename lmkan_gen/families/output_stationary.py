@@ -189,13 +189,15 @@ class OutputStationary(Family):
 
     @staticmethod
     def _default_candidates(problem: Problem) -> Iterator[dict[str, Constant]]:
+        """What never needs more registers than there are: whole rows, read word by word."""
         forward, is_float = problem.operation is Operation.FORWARD, problem.table is TableDtype.FLOAT32
-        tiles = product((1, 2, 4, 8), (8, 16, 32)) if forward else product((4, 8), (4, 8, 16))
+        tiles = product((2, 4, 8), (8, 16, 32)) if forward else product((4, 8), (4, 8, 16))
         several = (1, 2, 3, 4, 6, 8) if forward else (1, 2, 3, 4)
         for (pairs, outs), samples, threads in product(tiles, several, (256, 384, 512)):
+            if lanes.half_rows(problem, pairs, outs):
+                continue
             parameters: dict[str, Constant] = {"pairs": pairs, "outs": outs, "samples": samples}
-            parameters |= {"threads": threads, "stages": 2, "blocks": 1}
-            parameters |= {"vector": 2 if pairs <= 16 else 1}
+            parameters |= {"threads": threads, "stages": 2, "blocks": 1, "vector": 1}
             yield parameters | {"ahead": min(pairs, 2 if is_float else 4)} if forward else parameters
 
     def estimate(self, problem: Problem, parameters: Parameters) -> float:
