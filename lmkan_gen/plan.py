@@ -110,8 +110,9 @@ class LaunchPlan:
 
     @property
     def buffers(self) -> frozenset[str]:
-        """Names of all buffers that steps are given."""
-        return frozenset(a for a in self._arguments if isinstance(a, str))
+        """Names of the buffers that steps are given, but for workspaces: what the caller has to have."""
+        given = frozenset(a for a in self._arguments if isinstance(a, str))
+        return given - {workspace.name for workspace in self.workspaces}
 
     @property
     def strides(self) -> frozenset[Stride]:

@@ -149,7 +149,7 @@ def test_long_chunks_are_divided_until_scratch_memory_holds_them(
     plan = CELLS.plan(problem, parameters)
     sizes = {w.name: w.bytes for w in plan.workspaces}
     # one row of zeros is more than the samples have
-    assert sizes["records"] + sizes["rows"] <= mebibytes * MIB + 4 * 512
+    assert sizes["records"] + sizes["gradients"] <= mebibytes * MIB + 4 * 512
     parts = volumes(plan, BACKWARD)
     assert sum(a * b * c for a, b, c in parts.values()) == shape.batch * 256 * 512
     for (first, pair, out), (count, pairs, width) in parts.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from random import Random
 
 import pytest
@@ -25,6 +26,28 @@ FAMILIES = [
     for table in TableDtype
     for family in families("cuda", operation, table)
 ]
+
+
+#: what callers have or make of a table, see `lmkan_gen.plan.LaunchPlan`
+GIVEN = {"x", "borders", "table", "words", "scales", "rows", "grad", "y", "grad_x", "grad_table"}
+
+
+@pytest.mark.parametrize(("operation", "family", "table"), FAMILIES)
+def test_scratch_memory_is_not_asked_of_the_caller(
+    operation: Operation, family: Family, table: TableDtype
+) -> None:
+    """Under the name of a form of the table it would have callers arrange that form, at every step."""
+    plans = []
+    for batch, deterministic in product((8, 5000), (False, True)):
+        shape = LayerShape(64, 64, 8, batch)
+        problem = Problem(operation, shape, devices.target("sm_90"), table, deterministic, constant=True)
+        if (parameters := family.default(problem)) is not None:
+            plans.append(family.plan(problem, parameters))
+    assert plans
+    for plan in plans:
+        scratch = {workspace.name for workspace in plan.workspaces}
+        assert not scratch & (GIVEN | plan.buffers)
+        assert {name for name in plan.buffers if not name.startswith("stages_")} <= GIVEN
 
 
 @pytest.mark.parametrize("arch", devices.CUDA_ARCHITECTURES)
@@ -53,7 +76,7 @@ def test_scratch_memory_of_sorted_gradients_does_not_grow_with_the_batch(
         plan = family.plan(problem, parameters)
         sizes = {w.name: w.bytes for w in plan.workspaces}
         # one row of zeros is more than the samples have
-        assert sizes["records"] + sizes["rows"] <= limit + 4 * 512
+        assert sizes["records"] + sizes["gradients"] <= limit + 4 * 512
         walks = [s for s in plan.steps if isinstance(s, Launch) and s.kernel.endswith("_walk")]
         assert len(walks) == len([s for s in plan.steps if isinstance(s, Launch) and "sort" in s.kernel])
         if batch == 1 << 21:

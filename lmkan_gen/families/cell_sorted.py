@@ -224,7 +224,7 @@ class CellSorted(Family):
         width = padded // division.slices
         workspaces = [
             Workspace("records", _RECORD_BYTES * division.pairs * slab),
-            Workspace("rows", value_bytes * width * (min(slab, shape.batch) + 1)),
+            Workspace("gradients", value_bytes * width * (min(slab, shape.batch) + 1)),
         ]
         steps: list[Fill | Launch] = []
         sizes = (shape.pairs, shape.outputs, padded)
@@ -269,7 +269,7 @@ class CellSorted(Family):
                 steps.append(
                     Launch(
                         "lmkan_transpose_gradient",
-                        ("grad", "rows", *strides("grad"), *part, reused),
+                        ("grad", "gradients", *strides("grad"), *part, reused),
                         (-(-(count + 1) // 32), width // 32, 1),
                         256,
                     )
@@ -278,7 +278,7 @@ class CellSorted(Family):
                 steps += first_steps
             for skipped in range(0, chunks, division.together):
                 walked = min(division.together, chunks - skipped)
-                arguments: list[Argument] = ["records", "rows"]
+                arguments: list[Argument] = ["records", "gradients"]
                 if with_input:
                     arguments += ["packed", "borders", "grad_x", *(batch or strides("grad_x")), first]
                 if with_table:
