@@ -104,9 +104,23 @@ def _problem(operation: Operation, device: Device, table: TableDtype) -> Problem
 
 
 def _largest(family: Family, problem: Problem, candidates: list[Parameters]) -> int | None:
-    # downwards and one by one: families may have reasons other than memory, so nothing is monotonic
-    for grids in range(UNLIMITED, MIN_GRIDS - 1, -1):
-        finer = replace(problem, shape=replace(problem.shape, grids=grids))
-        if any(not family.violations(finer, c) for c in candidates):
-            return grids
-    return None
+    """Found by ever finer grids first: what has no room for one is not asked about those beyond its double."""
+    fitting, grids = _fitting(family, problem, candidates, MIN_GRIDS), MIN_GRIDS
+    if not fitting:
+        return None
+    while grids < UNLIMITED:
+        finer = min(2 * grids, UNLIMITED)
+        still = _fitting(family, problem, fitting, finer)
+        if not still:
+            # one by one: families may have reasons other than memory
+            between = range(finer - 1, grids, -1)
+            return next((g for g in between if _fitting(family, problem, fitting, g)), grids)
+        fitting, grids = still, finer
+    return UNLIMITED
+
+
+def _fitting(
+    family: Family, problem: Problem, candidates: list[Parameters], grids: int
+) -> list[Parameters]:
+    finer = replace(problem, shape=replace(problem.shape, grids=grids))
+    return [c for c in candidates if not family.violations(finer, c)]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from lmkan_gen import selection, toolchain
 from lmkan_gen.codegen import render
 from lmkan_gen.device import CUDA_ARCHITECTURES, target
-from lmkan_gen.families import Demand, family
+from lmkan_gen.families import Demand, Parameters, Violation, family
 from lmkan_gen.limits import UNLIMITED, limits
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.toolchain import host, nvcc, store
@@ -182,12 +183,33 @@ PUBLISHED = {
 }
 
 
+known_limits = cache(limits)
+
+
+def test_limits_are_found_with_few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family has tens of thousands of candidates; at every grid they would take minutes."""
+    chosen, device, asked = family("output_stationary"), target("sm_90"), 0
+    check = chosen.violations
+
+    def counting(problem: Problem, parameters: Parameters) -> list[Violation]:
+        nonlocal asked
+        asked += 1
+        return check(problem, parameters)
+
+    candidates = list(chosen.candidates(Problem(Operation.FORWARD, LayerShape(512, 512, 3, 1 << 18), device)))
+    monkeypatch.setattr(type(chosen), "violations", lambda _, *arguments: counting(*arguments))
+    found = [r for r in limits(device) if r.family == chosen.name and r.operation is Operation.FORWARD]
+    assert len(found) == 1
+    assert found[0].num_grids is not None
+    assert len(candidates) < asked < 4 * len(candidates)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_limits_are_reproduced(run: Run, name: str) -> None:
     published = PUBLISHED[name]
     found = {
         (limit.operation, limit.variant): limit.num_grids
-        for limit in limits(target(name))
+        for limit in known_limits(target(name))
         if limit.family == "tile_stationary" and limit.tile == 8
     }
     assert found[Operation.FORWARD, "coordinates=inline"] == published["forward"]
@@ -206,7 +228,7 @@ def test_published_limits_are_reproduced(run: Run, name: str) -> None:
 @pytest.mark.parametrize("tile", [4, 8, 16])
 def test_half_tables_leave_room_for_finer_grids(name: str, tile: int) -> None:
     def largest(table: TableDtype) -> int:
-        rows = limits(target(name), table)
+        rows = known_limits(target(name), table)
         return max(r.num_grids or 0 for r in rows if r.operation is Operation.FORWARD and r.tile == tile)
 
     knots = {table: (largest(table) + 1) ** 2 for table in TableDtype if table is not TableDtype.INT8}
@@ -221,7 +243,7 @@ def test_a_layer_accepts_the_limit_and_refuses_one_more(name: str) -> None:
     device = target(name)
     for operation in (Operation.FORWARD, Operation.BACKWARD):
         for tile in (4, 8, 16):
-            rows = [r for r in limits(device) if r.operation is operation and r.tile == tile]
+            rows = [r for r in known_limits(device) if r.operation is operation and r.tile == tile]
             largest = max(r.num_grids or 0 for r in rows)
             demand = Demand(tile_size=tile)
 
