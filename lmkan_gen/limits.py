@@ -104,7 +104,7 @@ def _problem(operation: Operation, device: Device, table: TableDtype) -> Problem
 
 
 def _largest(family: Family, problem: Problem, candidates: list[Parameters]) -> int | None:
-    """Found by ever finer grids first: what has no room for one is not asked about those beyond its double."""
+    """By ever finer grids first: what has no room for one is not asked about those beyond its double."""
     fitting, grids = _fitting(family, problem, candidates, MIN_GRIDS), MIN_GRIDS
     if not fitting:
         return None
@@ -119,8 +119,6 @@ def _largest(family: Family, problem: Problem, candidates: list[Parameters]) -> 
     return UNLIMITED
 
 
-def _fitting(
-    family: Family, problem: Problem, candidates: list[Parameters], grids: int
-) -> list[Parameters]:
+def _fitting(family: Family, problem: Problem, candidates: list[Parameters], grids: int) -> list[Parameters]:
     finer = replace(problem, shape=replace(problem.shape, grids=grids))
     return [c for c in candidates if not family.violations(finer, c)]

@@ -322,7 +322,7 @@ class TileStationary(Family):
         at_a_time = _units_at_a_time(parameters)
         full = segments * -(-problem.shape.batch // (lanes.WARP * at_a_time))
         splits = 1
-        if problem.operation is not Operation.BACKWARD and full < slots and not problem.deterministic:
+        if problem.operation is not Operation.BACKWARD and full < slots:
             splits = min(summed, slots // full)
         segments *= splits
         grid = max(1, min(slots, splits * full))
@@ -342,6 +342,7 @@ class TileStationary(Family):
             "mode": str(parameters.get("mode", "none")),
             "ahead": _integer(parameters, "ahead", absent=1),
             "access": str(parameters.get("access", "rotated")),
+            "ordered": int(_ordered(problem)),
             # Turing has no copies past the registers
             "asynchronous": int(problem.device.compute_capability >= 80),
         }
@@ -360,17 +361,21 @@ class TileStationary(Family):
             spare = _integer(parameters, "threads") // lanes.WARP
             workspaces, launch = lanes.prepass(problem, _integer(parameters, "pairs"), spare)
             steps.append(launch)
-        zeroed = {
-            Operation.FORWARD: ("y",) if splits > 1 else (),
-            Operation.GRAD_INPUT: ("grad_x",) if splits > 1 else (),
-            Operation.BACKWARD: ("grad_x", "grad_table"),
-        }
-        steps.extend(Fill(name) for name in zeroed[operation])
-        buffers = {
+        results = {
             Operation.FORWARD: ("y",),
-            Operation.GRAD_INPUT: ("grad", "grad_x"),
-            Operation.BACKWARD: ("grad", "grad_x", "grad_table"),
+            Operation.GRAD_INPUT: ("grad_x",),
+            Operation.BACKWARD: ("grad_x", "grad_table"),
         }[operation]
+        added_up: list[Launch] = []
+        if splits > 1 and _ordered(problem):
+            count = shape.batch * (shape.outputs if operation is Operation.FORWARD else shape.inputs)
+            workspaces.append(Workspace("parts", 4 * count * splits))
+            blocks = min(-(-count // 256), 8 * problem.device.multiprocessors)
+            added_up = [Launch("lmkan_add_parts", ("parts", *results, count, splits), (blocks, 1, 1), 256)]
+            results = ("parts",)
+        elif splits > 1 or operation is Operation.BACKWARD:
+            steps.extend(Fill(name) for name in results)
+        buffers = (*(() if operation is Operation.FORWARD else ("grad",)), *results)
         sizes = (shape.batch, shape.pairs, shape.outputs)
         split = () if operation is Operation.BACKWARD else (splits,)
         steps.append(
@@ -382,8 +387,7 @@ class TileStationary(Family):
                 self.shared_memory(problem, parameters),
             )
         )
-        steps.extend(lanes.far_samples(problem))
-        return LaunchPlan(tuple(workspaces), tuple(steps))
+        return LaunchPlan(tuple(workspaces), (*steps, *added_up, *lanes.far_samples(problem)))
 
 
 def _integer(parameters: Parameters, name: str, absent: int | None = None) -> int:
@@ -391,6 +395,11 @@ def _integer(parameters: Parameters, name: str, absent: int | None = None) -> in
     value = parameters[name] if absent is None else parameters.get(name, absent)
     assert isinstance(value, int)
     return value
+
+
+def _ordered(problem: Problem) -> bool:
+    """Whether what several blocks sum up has to be added in a fixed order."""
+    return problem.deterministic and problem.operation is not Operation.BACKWARD
 
 
 def _is_partial(problem: Problem, parameters: Parameters) -> bool:
