@@ -35,14 +35,13 @@ _INSTRUCTIONS = {
     "ld.global.f32": "value = *address;",
     "cp.async.wait_all": ";",
     "fence.mbarrier_init": ";",
-    "mbarrier.init": "arrivals_of(barrier) = {0, unsigned(arrivals), 0};",
-    "mbarrier.arrive.expect_tx": ";",  # the copy arrives
-    "mbarrier.arrive.shared": "arrive_at(barrier);",
+    "mbarrier.init": "phase_of(barriers + 8 * k) = 0;",
+    "mbarrier.arrive.expect_tx": ";",
     "cp.async.bulk": (
-        "std::memcpy(shared_memory + tables + into * kStageBytes, from, kFilledBytes); arrive_at(barrier);"
+        "std::memcpy(shared_memory + tables + into * kStageBytes, from, kFilledBytes); ++phase_of(barrier);"
     ),
     # the first word of mbarrier.try_wait
-    ".reg": "done = (arrivals_of(barrier).phase & 1) != phase; if (!done) end_turn();",
+    ".reg": "done = (phase_of(barriers + 8 * stage) & 1) != phase; if (!done) end_turn();",
     "cp.async": (
         "std::memcpy(std::memset(shared_memory + target + 4 * kCopy * k, 0, 4 * kCopy), source, bytes);"
     ),

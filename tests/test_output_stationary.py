@@ -39,8 +39,7 @@ constexpr int kSamples = %d, kWarps = %d;
 extern "C" int items_of_block(index_t units, int tiles, int together, int blocks, int block, long long* out) {
     gridDim.x = blocks;
     blockIdx.x = block;
-    Schedule schedule;
-    schedule.divide(units, tiles, together);
+    const Schedule schedule(units, tiles, together);
     for (int k = 0; k < schedule.mine; ++k) {
         const Item item = schedule(k);
         out[3 * k] = item.tile;
@@ -60,7 +59,7 @@ def problem(operation: Operation, shape: LayerShape, table: TableDtype = TableDt
 def items_of_all_blocks(tmp_path_factory: pytest.TempPathFactory) -> Items:
     """What the rendered source's ``Schedule`` gives to each block, run on the CPU."""
     source = render(FAMILY.spec(problem(Operation.FORWARD, LayerShape(64, 64, 8, 4096)), PARAMETERS))
-    schedule = source[source.index("struct Item {") : source.index("// What a block's warps share")]
+    schedule = source[source.index("struct Item {") : source.index("// The stages of a block")]
     directory = tmp_path_factory.mktemp("schedule")
     code, library = directory / "schedule.cpp", directory / "schedule.so"
     code.write_text(HARNESS % (PARAMETERS["samples"], int(PARAMETERS["threads"]) // 32, schedule))
