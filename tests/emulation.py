@@ -1,7 +1,7 @@
 """CUDA kernels run on the CPU, thread by thread: their results are checked where there is no GPU.
 
 Instructions that sources name in assembly are put in C++; of those that narrow 16-bit tables need there are
-none here.
+only those of tensor cores. Asynchronous copies are made at once: whether they are waited for does not show.
 """
 
 from __future__ import annotations
@@ -34,6 +34,16 @@ _INSTRUCTIONS = {
     "ld.global.v2.f32": "value = *address;",
     "ld.global.f32": "value = *address;",
     "cp.async.wait_all": ";",
+    "cp.async.wait_group": ";",
+    "cp.async.commit_group": ";",
+    "cp.async.cg.shared.global.L2": "copy_or_clear(target, source, bytes, 16);",
+    "cp.async.ca.shared.global": "copy_or_clear(target, source, bytes, 4);",
+    "mma.sync.aligned.m16n8k8.row.col.f32.tf32": "warp_product<1>(c, a, b0, b1, part_in_tf32);",
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16": "warp_product<2>(c, a, b0, b1, part_in_half);",
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16": "warp_product<2>(c, a, b0, b1, part_in_bfloat);",
+    "cvt.rna.tf32.f32": "high = rounded_to_tf32(value);",
+    "cvt.rn.f16x2.f32": "both = unsigned(in_half(second)) << 16 | in_half(first);",
+    "cvt.rn.bf16x2.f32": "both = unsigned(in_bfloat(second)) << 16 | in_bfloat(first);",
     "fence.mbarrier_init": ";",
     "mbarrier.init": "phase_of(barriers + 8 * k) = 0;",
     "mbarrier.arrive.expect_tx": ";",

@@ -93,7 +93,9 @@ class MatrixProduct(Family):
         found = []
         if shape.grids > _MAX_GRIDS:
             found.append(
-                Violation("grid", f"num_grids={shape.grids}: a cell has 4 bits per axis, at most {_MAX_GRIDS} fit")
+                Violation(
+                    "grid", f"num_grids={shape.grids}: a cell has 4 bits per axis, at most {_MAX_GRIDS} fit"
+                )
             )
         need = self.shared_memory(problem, parameters)
         if need + _RESERVED > device.shared_memory_per_block:
@@ -120,8 +122,15 @@ class MatrixProduct(Family):
         _, *rest = self._grid(problem, parameters)
         if max(rest) > _MAX_GRID:
             found.append(Violation("grid", f"{rest} blocks, at most {_MAX_GRID} fit a launch"))
-        if -(-max(shape.outputs, _padded(problem)) * _batch_tiles(problem, parameters) * int(parameters["samples"])
-             // _THREADS) > _MAX_BLOCKS:
+        if (
+            -(
+                -max(shape.outputs, _padded(problem))
+                * _batch_tiles(problem, parameters)
+                * int(parameters["samples"])
+                // _THREADS
+            )
+            > _MAX_BLOCKS
+        ):
             found.append(Violation("grid", f"samples x outputs or inputs exceed {_MAX_BLOCKS} blocks"))
         if (planes := self._planes(problem, parameters)) > problem.workspace:
             found.append(
