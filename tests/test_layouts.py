@@ -63,6 +63,11 @@ STREAMED: dict[str, Constant] = {
 #: rows of half as many words as there are banks, read two at a time
 HALVES: dict[str, Constant] = {**STREAMED, "pairs": 2, "vector": 2, "stages": 3}
 ROWS: dict[str, Constant] = {"warps": 2, "vector": 1, "unroll": 2}
+PRODUCT: dict[str, Constant] = {
+    "samples": 32, "warps": 4, "tiles": 1, "pairs": 16, "slice": 32, "stages": 3,
+}  # fmt: skip
+SLOPES: dict[str, Constant] = {"outs": 64, "samples": 32, "warps": 4, "stages": 3}
+OUTER: dict[str, Constant] = {"outs": 64, "samples": 32, "warps": 4, "tiles": 2}
 #: so few multiprocessors that each block has several items of work, and pieces of others
 STREAMING = replace(devices.target("sm_90"), multiprocessors=3)
 #: family, operation, table, parameters; inputs, outputs, batch
@@ -82,6 +87,10 @@ EMULATED: list[tuple[str, Operation, TableDtype, dict[str, Constant], tuple[int,
     ("cell_sorted", Operation.BACKWARD, FLOAT32, SORTED, (7, 5, 75)),
     ("cell_sorted", Operation.GRAD_INPUT, FLOAT32, SORTED, (4, 260, 40)),  # outputs of two blocks
     ("cell_sorted", Operation.GRAD_TABLE, FLOAT32, SORTED, (3, 4, 1030)),  # two slabs
+    ("matrix_product", Operation.FORWARD, FLOAT32, PRODUCT, (35, 9, 35)),
+    ("matrix_product", Operation.FORWARD, TableDtype.FLOAT16, PRODUCT, (35, 9, 35)),
+    ("matrix_product", Operation.GRAD_INPUT, FLOAT32, SLOPES, (35, 9, 35)),
+    ("matrix_product", Operation.GRAD_TABLE, FLOAT32, OUTER, (35, 9, 35)),
     ("row_gather", Operation.FORWARD, FLOAT32, {**ROWS, "slice": 16}, (35, 9, 5)),
     ("row_gather", Operation.GRAD_INPUT, FLOAT32, ROWS, (7, 70, 5)),
 ]  # fmt: skip

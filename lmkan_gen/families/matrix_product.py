@@ -122,15 +122,9 @@ class MatrixProduct(Family):
         _, *rest = self._grid(problem, parameters)
         if max(rest) > _MAX_GRID:
             found.append(Violation("grid", f"{rest} blocks, at most {_MAX_GRID} fit a launch"))
-        if (
-            -(
-                -max(shape.outputs, _padded(problem))
-                * _batch_tiles(problem, parameters)
-                * int(parameters["samples"])
-                // _THREADS
-            )
-            > _MAX_BLOCKS
-        ):
+        widest = max(shape.outputs, _padded(problem))
+        summed = widest * _batch_tiles(problem, parameters) * int(parameters["samples"])
+        if -(-summed // _THREADS) > _MAX_BLOCKS:
             found.append(Violation("grid", f"samples x outputs or inputs exceed {_MAX_BLOCKS} blocks"))
         if (planes := self._planes(problem, parameters)) > problem.workspace:
             found.append(
@@ -175,9 +169,10 @@ class MatrixProduct(Family):
     def _default_candidates(problem: Problem) -> Iterator[dict[str, Constant]]:
         samples = 64 if problem.shape.batch > _WARP else _WARP
         if problem.operation is Operation.FORWARD:
+            tiles = 4 if _pack(problem) > 1 else 2
             for warps, sliced, stages in product((8, 4), (128, 64, 256, 32, 512), (4, 3)):
-                yield {"samples": samples, "warps": warps, "tiles": 4 if _pack(problem) > 1 else 2, "pairs": 16,
-                       "slice": sliced, "stages": stages}  # fmt: skip
+                block: dict[str, Constant] = {"samples": samples, "warps": warps, "tiles": tiles}
+                yield block | {"pairs": 16, "slice": sliced, "stages": stages}
         elif problem.operation is Operation.GRAD_INPUT:
             for warps, outs, stages in product((8, 4), (256, 512, 128, 64), (6, 4)):
                 yield {"samples": samples, "warps": warps, "outs": outs, "stages": stages}
@@ -236,29 +231,28 @@ class MatrixProduct(Family):
         )  # fmt: skip
         blocks = (-(-jobs // (_THREADS // _WARP)), 1, 1)
         steps = [Launch("lmkan_locate", arguments, blocks, _THREADS)]
-        # parts are as even as pieces of 16 outputs allow
+        # parts are as even as pieces of 16 outputs allow, so that they may be fewer
         parts = grid[1] if operation is Operation.GRAD_TABLE else grid[2]
         part = -(-shape.outputs // (_STEP * parts)) * _STEP
+        parts = -(-shape.outputs // part)
+        sizes: tuple[Argument, ...] = (shape.pairs, rows, shape.outputs)
+        gradients: tuple[Argument, ...] = (*sizes, shape.batch, part, *strides("grad"))
+        summed = 0
         ends: tuple[Argument, ...] = ()
         if operation is Operation.FORWARD:
             table = "table" if problem.table is TableDtype.FLOAT32 else "words"
-            sizes = (shape.pairs, rows, shape.outputs, int(parameters["slice"]))
-            arguments = (table, *located, "planes", *sizes)
+            arguments = (table, *located, "planes", *sizes, int(parameters["slice"]))
             summed = shape.outputs * samples
             ends = ("planes", "y", shape.outputs, shape.batch, grid[2])
+        elif operation is Operation.GRAD_INPUT:
+            grid = (grid[0], grid[1], parts)
+            arguments = ("table", "grad", *located, "planes", *gradients)
+            summed = rows * samples
+            of_inputs = (shape.inputs, shape.batch, rows, parts, *strides("grad_x"))
+            ends = ("planes", "cells", "borders", "grad_x", *of_inputs)
         else:
-            sizes = (shape.pairs, rows, shape.outputs, shape.batch, part)
-            if operation is Operation.GRAD_INPUT:
-                # even parts may be fewer
-                grid = (grid[0], grid[1], -(-shape.outputs // part))
-                arguments = ("table", "grad", *located, "planes", *sizes, *strides("grad"))
-                summed = rows * samples
-                of_inputs = (shape.inputs, shape.batch, rows, grid[2])
-                ends = ("planes", "cells", "borders", "grad_x", *of_inputs, *strides("grad_x"))
-            else:
-                grid = (grid[0], -(-shape.outputs // part), 1)
-                arguments = ("grad", *located, "grad_table", *sizes, *strides("grad"))
-                summed = 0
+            grid = (grid[0], parts, 1)
+            arguments = ("grad", *located, "grad_table", *gradients)
         threads = _WARP * int(parameters["warps"])
         shared = self.shared_memory(problem, parameters)
         steps.append(Launch(f"lmkan_{operation}", arguments, grid, threads, shared))
