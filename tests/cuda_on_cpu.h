@@ -158,10 +158,6 @@ inline float part_in_half(unsigned bits, int which) {
     return float(value);
 }
 inline float part_in_bfloat(unsigned bits, int which) { return __uint_as_float(bits >> 16 * which << 16); }
-inline unsigned rounded_to_tf32(float v) {
-    const unsigned bits = __float_as_uint(v);
-    return (bits & 0x7f800000u) == 0x7f800000u ? bits : bits + 0x1000u & 0xffffe000u;
-}
 inline uint16_t in_half(float v) {
     const _Float16 half = static_cast<_Float16>(v);
     uint16_t bits;

@@ -41,7 +41,6 @@ _INSTRUCTIONS = {
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32": "warp_product<1>(c, a, b0, b1, part_in_tf32);",
     "mma.sync.aligned.m16n8k16.row.col.f32.f16": "warp_product<2>(c, a, b0, b1, part_in_half);",
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16": "warp_product<2>(c, a, b0, b1, part_in_bfloat);",
-    "cvt.rna.tf32.f32": "high = rounded_to_tf32(value);",
     "cvt.rn.f16x2.f32": "both = unsigned(in_half(second)) << 16 | in_half(first);",
     "cvt.rn.bf16x2.f32": "both = unsigned(in_bfloat(second)) << 16 | in_bfloat(first);",
     "fence.mbarrier_init": ";",
