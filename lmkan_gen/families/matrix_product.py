@@ -82,7 +82,7 @@ class MatrixProduct(Family):
         tiles = int(parameters["tiles"])
         if problem.operation is Operation.GRAD_TABLE:
             return tiles * samples // 2 + 8 * tiles + 48
-        return tiles * samples // 2 + samples // (4 if _pack(problem) > 1 else 2) + 44
+        return tiles * samples // 2 + samples // (4 if _pack(problem) > 1 else 2) + 28
 
     def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
         """See base class."""
@@ -169,9 +169,8 @@ class MatrixProduct(Family):
     def _default_candidates(problem: Problem) -> Iterator[dict[str, Constant]]:
         samples = 64 if problem.shape.batch > _WARP else _WARP
         if problem.operation is Operation.FORWARD:
-            tiles = 4 if _pack(problem) > 1 else 2
-            for warps, sliced, stages in product((8, 4), (128, 64, 256, 32, 512), (4, 3)):
-                block: dict[str, Constant] = {"samples": samples, "warps": warps, "tiles": tiles}
+            for warps, sliced, stages in product((8, 4), (128, 64, 256, 32, 512), (6, 4, 3)):
+                block: dict[str, Constant] = {"samples": samples, "warps": warps, "tiles": 4}
                 yield block | {"pairs": 16, "slice": sliced, "stages": stages}
         elif problem.operation is Operation.GRAD_INPUT:
             for warps, outs, stages in product((8, 4), (256, 512, 128, 64), (6, 4)):
