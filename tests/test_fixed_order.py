@@ -1,11 +1,11 @@
-"""Cell-sorted gradients with sums in a fixed order: CUDA sources run on the CPU, and plans.
+"""Sums in a fixed order, above all cell-sorted gradients: CUDA sources run on the CPU, and plans.
 
 `test_deterministic.py` has the tests on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lmkan_gen.device import Device, target
-from lmkan_gen.families import Parameters, family
+from lmkan_gen.families import Family, Parameters, family
 from lmkan_gen.plan import Fill, Launch, LaunchPlan
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuner.verify import make_case, output_shapes
@@ -36,14 +36,25 @@ def gradients(
     inputs: Mapping[str, Tensor],
     directory: Path,
     seed: int = 0,
+    kind: Family = CELLS,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """All that the emulated kernels write, and their workspaces."""
-    assert CELLS.violations(problem, parameters) == []
+    assert kind.violations(problem, parameters) == []
     shapes = output_shapes(problem.operation, problem.shape)
     outputs = {name: torch.full(size, torch.nan) for name, size in shapes.items()}
-    spec, plan = CELLS.spec(problem, parameters), CELLS.plan(problem, parameters)
+    spec, plan = kind.spec(problem, parameters), kind.plan(problem, parameters)
     scratch = emulation.run(spec, plan, directory, {**inputs, **outputs}, seed)
     return outputs, scratch
+
+
+def copied(found: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], None]:
+    """What puts results at hand where a case looks for them."""
+
+    def run(buffers: Mapping[str, Tensor]) -> None:
+        for name, value in found.items():
+            buffers[name].copy_(value)
+
+    return run
 
 
 def launches(plan: LaunchPlan, kernel: str) -> list[Launch]:
@@ -96,12 +107,7 @@ def test_right_in_emulation(
     assert len(launches(plan, "_walk")) == walks
     case = make_case(operation, shape, torch.device("cpu"), 2.0, 64)
     found, _ = gradients(problem, parameters, case.inputs, emulated)
-
-    def run(buffers: Mapping[str, Tensor]) -> None:
-        for name, value in found.items():
-            buffers[name].copy_(value)
-
-    case.check(run, str(shape))
+    case.check(copied(found), str(shape))
     again, _ = gradients(problem, parameters, case.inputs, emulated, seed=1)
     for name, value in found.items():
         assert torch.equal(again[name], value), name
@@ -116,15 +122,41 @@ def test_right_with_several_runs_in_a_warp(emulated: Path, outputs: int, vector:
     assert int(CELLS.spec(problem, parameters).context["lanes"]) < 32
     case = make_case(Operation.BACKWARD, shape, torch.device("cpu"), 2.0, 64)
     found, _ = gradients(problem, parameters, case.inputs, emulated)
-
-    def run(buffers: Mapping[str, Tensor]) -> None:
-        for name, value in found.items():
-            buffers[name].copy_(value)
-
-    case.check(run, str(shape))
+    case.check(copied(found), str(shape))
     again, _ = gradients(problem, parameters, case.inputs, emulated, seed=1)
     for name, value in found.items():
         assert torch.equal(again[name], value), name
+
+
+@pytest.mark.parametrize("coordinates", ["inline", "prepass"])
+@pytest.mark.parametrize(
+    ("operation", "inputs", "outputs"),
+    [(Operation.FORWARD, 35, 9), (Operation.GRAD_INPUT, 11, 38), (Operation.GRAD_INPUT, 8, 38)],
+)
+def test_parts_of_tile_stationary_sums_are_added_in_order(
+    emulated: Path, operation: Operation, inputs: int, outputs: int, coordinates: str
+) -> None:
+    tiles, shape = family("tile_stationary"), LayerShape(inputs, outputs, 4, 75)
+    parameters: Parameters = {
+        "pairs": 4, "outs": 8, "threads": 128, "ahead": 2, "access": "rotated", "ranges": "even",
+        "coordinates": coordinates,
+    }  # fmt: skip
+    problem = Problem(operation, shape, target("sm_80"), deterministic=True)
+    width = outputs if operation is Operation.FORWARD else inputs
+    # as many as there are tiles to sum over
+    assert size_of(tiles.plan(problem, parameters), "parts") == 5 * 4 * width * shape.batch
+    case = make_case(operation, shape, torch.device("cpu"), 2.0, 64)
+    found, _ = gradients(problem, parameters, case.inputs, emulated, kind=tiles)
+    case.check(copied(found), str(shape))
+    again, _ = gradients(problem, parameters, case.inputs, emulated, seed=1, kind=tiles)
+    for name, value in found.items():
+        assert torch.equal(again[name], value), name
+    usual = replace(problem, deterministic=False)
+    name = "y" if operation is Operation.FORWARD else "grad_x"
+    first, *others = (
+        gradients(usual, parameters, case.inputs, emulated, k, tiles)[0][name] for k in range(4)
+    )
+    assert any(not torch.equal(first, other) for other in others)
 
 
 def test_the_usual_order_varies(emulated: Path) -> None:
