@@ -2,6 +2,7 @@
 
     python -m benchmarks.sanitize                     all four tools
     python -m benchmarks.sanitize --tool racecheck    one of them
+    python -m benchmarks.sanitize --family row_gather kernels of one family
 
 Each family, operation and table dtype runs with its default parameters and some random ones, and where
 deterministic algorithms need another source with that one's default as well, on shapes with partial tiles
@@ -15,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from itertools import islice, product
@@ -41,12 +42,14 @@ _HARMLESS = "cuGetProcAddress"
 _DRAWS = 2000
 
 
-def jobs(random: int, seed: int) -> Iterator[tuple[Problem, Family, Parameters]]:
-    """What is to run: defaults, and ``random`` other candidates of each family on each problem."""
+def jobs(random: int, seed: int, only: Container[str]) -> Iterator[tuple[Problem, Family, Parameters]]:
+    """What is to run: defaults, and ``random`` other candidates of families in ``only`` on each problem."""
     chip = devices.cuda(0)
     for shape, operation, table in product(SHAPES, CALL_OPERATIONS, TableDtype):
         problem = Problem(operation, shape, chip, table, constant=True)
         for family in families("cuda", operation, table):
+            if family.name not in only:
+                continue
             default = family.default(problem)
             if default is not None:
                 yield problem, family, default
@@ -63,11 +66,11 @@ def jobs(random: int, seed: int) -> Iterator[tuple[Problem, Family, Parameters]]
                 yield ordered, family, default
 
 
-def run(random: int, seed: int) -> int:
+def run(random: int, seed: int, only: Container[str]) -> int:
     """Compile, run and check everything; returns how many kernels that were."""
     from lmkan_gen.launch import cuda
 
-    todo = list(jobs(random, seed))
+    todo = list(jobs(random, seed, only))
     device = torch.device("cuda", 0)
     toolchain.build([family.spec(problem, parameters) for problem, family, parameters in todo])
     for problem, family, parameters in todo:
@@ -90,12 +93,13 @@ def findings(output: str) -> int:
     )
 
 
-def watch(tool: str, random: int, seed: int) -> str:
+def watch(tool: str, random: int, seed: int, only: Iterable[str]) -> str:
     """Run everything under one tool; what it prints."""
     script = [sys.executable, "-m", "benchmarks.sanitize", "--inside"]
     # torch's own kernels are slow to watch; initcheck has to see what they write
     watched = [] if tool == "initcheck" else ["--kernel-name", "kns=lmkan_"]
     options = ["--random", str(random), "--seed", str(seed)]
+    options += [option for name in only for option in ("--family", name)]
     command = ["compute-sanitizer", "--tool", tool, *watched, *script, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
@@ -105,6 +109,7 @@ def main(
     tool: Annotated[
         list[str] | None, typer.Option(help=f"Some of {', '.join(TOOLS)}; by default all.")
     ] = None,
+    family: Annotated[list[str] | None, typer.Option(help="Families of kernels; by default all.")] = None,
     random: Annotated[int, typer.Option(min=0, help="Random candidates per family and problem.")] = 1,
     seed: Annotated[int, typer.Option(help="Draws other candidates.")] = 0,
     inside: Annotated[bool, typer.Option(hidden=True)] = False,
@@ -113,9 +118,14 @@ def main(
     tools = tool or list(TOOLS)
     if unknown := sorted(set(tools) - set(TOOLS)):
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(TOOLS)}", param_hint="--tool")
+    computing = (families("cuda", *asked) for asked in product(CALL_OPERATIONS, TableDtype))
+    known = sorted({found.name for several in computing for found in several})
+    if unknown := sorted(set(family or ()) - set(known)):
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(known)}", param_hint="--family")
+    only = family or known
     if not torch.cuda.is_available():
         raise typer.BadParameter("torch sees no CUDA device")
-    count = run(random, seed)  # compiles everything, so that no tool watches compilers
+    count = run(random, seed, only)  # compiles everything, so that no tool watches compilers
     if inside:
         return
     if shutil.which("compute-sanitizer") is None:
@@ -125,7 +135,7 @@ def main(
     bad = False
     # side by side: the tools' time is the host's
     with ThreadPoolExecutor(len(tools)) as pool:
-        watched = {pool.submit(watch, name, random, seed): name for name in tools}
+        watched = {pool.submit(watch, name, random, seed, only): name for name in tools}
         for done in as_completed(watched):
             found = findings(done.result())
             bad |= found > 0
