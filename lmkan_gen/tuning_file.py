@@ -131,6 +131,7 @@ class Entry(_Model):
     """The fastest kernel found for one operation on one shape.
 
     ``source`` begins the SHA-256 of the rendered kernel that was timed (see `lmkan_gen.freshness`).
+    ``measured_on`` names the device model that stood in where it was not the file's; times are its.
     """
 
     operation: Annotated[Operation, Field(strict=False)]
@@ -139,6 +140,7 @@ class Entry(_Model):
     family: str
     parameters: dict[str, Constant]
     source: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
+    measured_on: Annotated[str, Field(min_length=1)] | None = None
     time_us: Times
     search: Search
 
@@ -272,8 +274,9 @@ def dump(file: TuningFile) -> str:
     content["entries"] = [e.model_dump(mode="json") for e in entries]
     for entry in content["entries"]:
         entry["parameters"] = dict(sorted(entry["parameters"].items()))
-        if entry["source"] is None:
-            del entry["source"]
+        for optional in ("source", "measured_on"):
+            if entry[optional] is None:
+                del entry[optional]
         entry["search"]["rejected"] = dict(sorted(entry["search"]["rejected"].items()))
     # default_flow_style=None puts the innermost mappings on one line each
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
