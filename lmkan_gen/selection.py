@@ -69,8 +69,9 @@ class Choice:
         parameters: the family's parameters (empty for the reference).
         tier: how well the choice is founded.
         source: the tuning file it came from, or words.
-        time_us: median time in microseconds from the tuning file; None unless the tier is exact, or where
-            deterministic algorithms are asked for, which were not measured.
+        time_us: median time in microseconds from the tuning file; None unless the tier is exact, where
+            another model stood in for the device, or where deterministic algorithms are asked for, which
+            were not measured.
         tuned_for: the shape that the parameters were measured on; None when they were not.
         cost: measured picoseconds per function evaluation there; compares choices that were tuned
             for one shape. None when not measured.
@@ -169,14 +170,16 @@ def tuned_choices(problem: Problem) -> Iterator[Choice]:
         tier = Tier.NEAREST_DEVICE
         if found.same_device:
             tier = Tier.NEAREST_SHAPE if found.distance else Tier.EXACT
+        own_time = tier is Tier.EXACT and entry.measured_on is None
+        stand_in = f", measured on {entry.measured_on}" if entry.measured_on else ""
         yield _choice(
             problem,
             entry.family,
             entry.parameters,
             tier,
-            str(found.source.path),
+            f"{found.source.path}{stand_in}",
             # with a fixed order of sums it takes longer
-            time_us=entry.time_us.median if tier is Tier.EXACT and not problem.deterministic else None,
+            time_us=entry.time_us.median if own_time and not problem.deterministic else None,
             tuned_for=entry.shape.layer,
             stale=found.same_device
             and is_stale(entry, replace(problem, shape=entry.shape.layer, strided=False)),
@@ -254,19 +257,29 @@ def _pick(problem: Problem, demand: Demand) -> Choice:
     return choice
 
 
-def _rank(choices: tuple[Choice, ...]) -> tuple[int, float]:
+def _rank(choices: tuple[Choice, ...]) -> tuple[float, float]:
     """Of a whole alternative: the worst foundation of a part, then the measured cost.
 
-    A time measured for this shape says more than one scaled from another shape. The cost is infinite
-    when a part was never measured.
+    A time measured for this shape, be it on another device, says more than one scaled from another shape, and
+    a family that asks to be taken over such is between them. The cost is infinite when a part was never
+    measured.
     """
-    worst = max(list(Tier).index(c.tier) for c in choices)
+    worst = max(_foundation(c) for c in choices)
     return worst, sum(math.inf if c.cost is None else c.cost for c in choices)
+
+
+def _foundation(choice: Choice) -> float:
+    """How well a choice is founded, best first: tiers, and what has none of its own."""
+    if choice.tier is Tier.NEAREST_DEVICE and choice.tuned_for == choice.problem.shape:
+        return 0.25
+    if choice.tier is Tier.DEFAULT and _is_preferred(choice):
+        return 0.5
+    return list(Tier).index(choice.tier)
 
 
 def _free_choice(problem: Problem) -> Choice:
     choice = next((c for c in tuned_choices(problem) if not _is_far(c)), None)
-    if choice is None or choice.tier is not Tier.EXACT:
+    if choice is None or choice.tuned_for != problem.shape:
         default = default_choice(problem)
         if default is not None and (choice is None or _is_preferred(default)):
             choice = default

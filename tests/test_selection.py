@@ -6,6 +6,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,13 @@ def test_exact(tmp_path: Path) -> None:
     assert str(path) in choice.describe()
 
 
+def test_time_of_a_stand_in_is_not_given_as_the_devices_own() -> None:
+    write(user(), GPU, entry(tile=8).model_copy(update={"measured_on": "Its Sister"}))
+    choice = select(forward())
+    assert (choice.tier, choice.parameters["tile"], choice.time_us) == (Tier.EXACT, 8, None)
+    assert "measured on Its Sister" in choice.describe()
+
+
 def test_exact_entry_that_does_not_fit_is_passed_over() -> None:
     write(user(), GPU, entry(LayerShape(64, 64, 30, 1000), tile=16))
     choice = select(forward(LayerShape(64, 64, 30, 1000)))
@@ -321,6 +329,33 @@ def test_what_was_measured_for_this_shape_beats_what_is_scaled_from_another() ->
     )
     assert operations(select_backward(BACKWARD)) == [Operation.BACKWARD]
     assert operations(select_backward(Problem(Operation.BACKWARD, other, GPU))) == SPLIT
+
+
+def test_on_another_device_as_well() -> None:
+    sister, other = replace(GPU, name="Its Sister"), LayerShape(64, 64, 10, 4000)
+    write(
+        user(),
+        GPU,
+        entry(operation=Operation.GRAD_INPUT, median=1.0),
+        entry(shape=other, operation=Operation.GRAD_TABLE, family="sorted", median=1.0),
+        entry(operation=Operation.BACKWARD, median=30.0),
+    )
+    (choice,) = select_backward(replace(BACKWARD, device=sister))
+    assert (choice.problem.operation, choice.tier) == (Operation.BACKWARD, Tier.NEAREST_DEVICE)
+
+
+def test_family_that_asks_for_it_is_taken_unless_the_shape_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for family in (Tiles, Sorted):
+        monkeypatch.setattr(family, "preference", lambda _, p: 2.0 if p.operation in SPLIT else 0.0)
+    other = LayerShape(64, 64, 10, 4000)
+    write(user(), GPU, entry(shape=other, operation=Operation.BACKWARD, median=1.0))
+    assert operations(select_backward(BACKWARD)) == SPLIT
+    write(user(), GPU, entry(operation=Operation.BACKWARD, median=1.0))
+    assert operations(select_backward(BACKWARD)) == [Operation.BACKWARD]
+    (choice,) = select_backward(replace(BACKWARD, device=replace(GPU, name="Its Sister")))
+    assert choice.tier is Tier.NEAREST_DEVICE
 
 
 @pytest.mark.parametrize(("fused", "expected"), [(29.0, [Operation.BACKWARD]), (31.0, SPLIT)])
