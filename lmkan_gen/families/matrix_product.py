@@ -1,0 +1,284 @@
+"""Matrix-product CUDA kernels for tiny grids, wide layers and few samples: tables meet tensor cores.
+
+See the head of ``templates/matrix_product.cu.j2`` for the idea and what bounds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+
+from lmkan_gen.families.base import Family, Parameters, Violation
+from lmkan_gen.plan import Argument, Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
+from lmkan_gen.problem import Operation, Problem, TableDtype
+
+_WARP = 32
+_STEP = 16  # pairs, or outputs, of a piece of a table
+_PAD = 32  # pairs are located up to a multiple of it
+_MAX_GRID = 65535  # blocks along the second and third axis
+_MAX_BLOCKS = 2**31 - 1
+_REGISTERS = 65536
+_MOST_REGISTERS = 255  # of a thread
+_MAX_GRIDS = 15  # a cell has 4 bits per axis
+_RESERVED = 1024  # bytes of shared memory of each block: the driver's, and what kernels have beside
+_THREADS = 256  # of a block of what comes before and after
+_NARROW = (TableDtype.FLOAT16, TableDtype.BFLOAT16)
+
+
+class MatrixProduct(Family):
+    """Forward of float tables, wide or narrow, and both gradients, as dense products on tensor cores."""
+
+    name = "matrix_product"
+    device_kind = "cuda"
+    operations = frozenset({Operation.FORWARD, Operation.GRAD_INPUT, Operation.GRAD_TABLE})
+    idea = "for tiny grids, wide layers and few samples: a dense product of table and weights on tensor cores"
+
+    def computes(self, operation: Operation, table: TableDtype) -> bool:
+        """See base class."""
+        narrow = table in _NARROW and operation is Operation.FORWARD
+        return operation in self.operations and (table is TableDtype.FLOAT32 or narrow)
+
+    def space(self, operation: Operation) -> Mapping[str, tuple[Constant, ...]]:
+        """See base class.
+
+        A block has a tile of ``samples``. Forward: its ``warps`` have ``tiles`` of 16 outputs each, and
+        make the weights of ``pairs`` together; it sums over a ``slice`` of the pairs. Gradients: it has the
+        gradients of ``outs`` outputs, a warp 16 pairs of inputs or ``tiles`` of 8. Copies of tables run
+        ahead by ``stages``.
+        """
+        if operation is Operation.FORWARD:
+            return {
+                "samples": (32, 64, 128),
+                "warps": (4, 8, 16),
+                "tiles": (1, 2, 4),
+                "pairs": (16, 32),
+                "slice": (32, 64, 128, 256, 512),
+                "stages": (3, 4, 6, 8),
+            }
+        common: dict[str, tuple[Constant, ...]] = {"outs": (64, 128, 256, 352)}
+        if operation is Operation.GRAD_INPUT:
+            return common | {"samples": (32, 64), "warps": (4, 8, 12, 16), "stages": (3, 4, 6, 8, 12)}
+        return common | {"samples": (32, 64, 128), "warps": (4, 8, 12, 16), "tiles": (1, 2, 4)}
+
+    def shared_memory(self, problem: Problem, parameters: Parameters) -> int:
+        """Bytes of dynamic shared memory of one block."""
+        samples, warps = int(parameters["samples"]), int(parameters["warps"])
+        if problem.operation is Operation.FORWARD:
+            pack = _pack(problem)
+            weights = 2 * (problem.shape.grids + 1) * int(parameters["pairs"]) // pack * samples
+            stage = _STEP * _STEP * int(parameters["tiles"]) // pack
+            return 4 * (weights + warps * int(parameters["stages"]) * stage)
+        outs = int(parameters["outs"])
+        if problem.operation is Operation.GRAD_TABLE:
+            return 8 * outs * samples
+        return 4 * (2 * outs * samples + warps * int(parameters["stages"]) * _STEP * _STEP)
+
+    @staticmethod
+    def _registers(problem: Problem, parameters: Parameters) -> int:
+        """What a lane keeps: sums, fragments of both factors, addresses."""
+        samples = int(parameters["samples"])
+        if problem.operation is Operation.GRAD_INPUT:
+            return 3 * samples // 2 + samples // 2 + 40
+        tiles = int(parameters["tiles"])
+        if problem.operation is Operation.GRAD_TABLE:
+            return tiles * samples // 2 + 8 * tiles + 48
+        if _pack(problem) > 1:
+            return tiles * samples // 2 + samples // 4 + 28
+        return tiles * samples + samples // 2 + 28
+
+    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        """See base class."""
+        shape, device = problem.shape, problem.device
+        if device.compute_capability < 80:
+            why = f"tensor cores for float32 need sm_80 or newer, {device.name} is {device.arch}"
+            return [Violation("architecture", why)]
+        found = []
+        if shape.grids > _MAX_GRIDS:
+            found.append(
+                Violation(
+                    "grid", f"num_grids={shape.grids}: a cell has 4 bits per axis, at most {_MAX_GRIDS} fit"
+                )
+            )
+        need = self.shared_memory(problem, parameters)
+        if need + _RESERVED > device.shared_memory_per_block:
+            found.append(
+                Violation(
+                    "shared_memory",
+                    f"num_grids={shape.grids}: {dict(parameters)} need {need} bytes of shared memory, "
+                    f"{device.name} has {device.shared_memory_per_block} per block",
+                )
+            )
+        limit = min(_MOST_REGISTERS, _REGISTERS // (_WARP * int(parameters["warps"])))
+        if (needed := self._registers(problem, parameters)) > limit:
+            found.append(
+                Violation(
+                    "registers",
+                    f"samples={parameters['samples']} need about {needed} registers, "
+                    f"{parameters['warps']} warps have {limit} each",
+                )
+            )
+        sliced, pairs = int(parameters.get("slice", 0)), int(parameters.get("pairs", 0))
+        if problem.operation is Operation.FORWARD and sliced <= pairs:
+            found.append(
+                Violation(
+                    "wasted", f"slice={sliced} is no more than pairs={pairs}: no weights are made ahead"
+                )
+            )
+        _, *rest = self._grid(problem, parameters)
+        if max(rest) > _MAX_GRID:
+            found.append(Violation("grid", f"{rest} blocks, at most {_MAX_GRID} fit a launch"))
+        widest = max(shape.outputs, _padded(problem))
+        summed = widest * _batch_tiles(problem, parameters) * int(parameters["samples"])
+        if -(-summed // _THREADS) > _MAX_BLOCKS:
+            found.append(Violation("grid", f"samples x outputs or inputs exceed {_MAX_BLOCKS} blocks"))
+        if (planes := self._planes(problem, parameters)) > problem.workspace:
+            found.append(
+                Violation("workspace", f"partial sums need {planes} bytes, the limit is {problem.workspace}")
+            )
+        return found
+
+    def wasted(self, problem: Problem, parameters: Parameters) -> bool:
+        """Tiles, warps, slices or parts that are mostly padding, and tables that are read again and again."""
+        shape = problem.shape
+        samples, warps = int(parameters["samples"]), int(parameters["warps"])
+        if samples >= 2 * max(shape.batch, _WARP) or shape.batch > 8 * samples:
+            return True
+        if problem.operation is Operation.FORWARD:
+            outs = _STEP * int(parameters["tiles"]) * warps
+            few = int(parameters["slice"]) >= 2 * max(shape.pairs, _WARP)
+            return few or outs >= 2 * max(shape.outputs, 64)
+        pairs = warps * (_STEP if problem.operation is Operation.GRAD_INPUT else 8 * int(parameters["tiles"]))
+        return int(parameters["outs"]) >= 2 * max(shape.outputs, 64) or pairs >= 2 * max(shape.pairs, 64)
+
+    def preference(self, problem: Problem) -> float:
+        """Where reading the table dominates: its dense product costs tensor cores no more than that."""
+        shape = problem.shape
+        tiny = shape.grids <= 6 and 16 < shape.batch <= 256
+        return 1.5 if tiny and min(shape.pairs, shape.outputs) >= 512 else -3.0
+
+    def default(self, problem: Problem) -> Parameters | None:
+        """Of a few good candidates the one whose blocks leave the fewest multiprocessors idle."""
+        best: tuple[float, dict[str, Constant]] | None = None
+        for parameters in self._default_candidates(problem):
+            if self.violations(problem, parameters):
+                continue
+            x, y, z = self._grid(problem, parameters)
+            blocks, processors = x * y * z, problem.device.multiprocessors
+            rounds = -(-blocks // processors)
+            idle = rounds * processors / blocks + 0.02 * rounds + 8.0 * self.wasted(problem, parameters)
+            if best is None or idle < best[0]:
+                best = (idle, parameters)
+        return best[1] if best else None
+
+    @staticmethod
+    def _default_candidates(problem: Problem) -> Iterator[dict[str, Constant]]:
+        samples = 64 if problem.shape.batch > _WARP else _WARP
+        if problem.operation is Operation.FORWARD:
+            for pairs, warps, sliced, stages in product((32, 16), (8, 4), (256, 128, 64, 32, 512), (4, 3)):
+                block: dict[str, Constant] = {"samples": samples, "warps": warps, "tiles": 2}
+                yield block | {"pairs": pairs, "slice": sliced, "stages": stages}
+        elif problem.operation is Operation.GRAD_INPUT:
+            for warps, outs, stages in product((12, 8, 4), (352, 256, 128, 64), (4, 3)):
+                yield {"samples": samples, "warps": warps, "outs": outs, "stages": stages}
+        else:
+            for (warps, tiles), outs in product(((16, 2), (8, 4), (4, 4)), (256, 128, 64)):
+                yield {"samples": samples, "warps": warps, "outs": outs, "tiles": tiles}
+
+    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+        """See base class."""
+        constants: dict[str, Constant] = {
+            "operation": str(problem.operation),
+            "grids": problem.shape.grids,
+            "table": str(problem.table),
+            **{name: parameters[name] for name in self.space(problem.operation) if name != "slice"},
+        }
+        return KernelSpec.make("matrix_product.cu.j2", problem.device.arch, constants)
+
+    @staticmethod
+    def _grid(problem: Problem, parameters: Parameters) -> tuple[int, int, int]:
+        """Blocks of the product's kernel; those that share a table's part are neighbours."""
+        shape, warps = problem.shape, int(parameters["warps"])
+        tiles = _batch_tiles(problem, parameters)
+        if problem.operation is Operation.FORWARD:
+            outs = _STEP * int(parameters["tiles"]) * warps
+            return tiles, -(-shape.outputs // outs), -(-shape.pairs // int(parameters["slice"]))
+        parts = -(-shape.outputs // int(parameters["outs"]))
+        if problem.operation is Operation.GRAD_INPUT:
+            return tiles, -(-shape.pairs // (_STEP * warps)), parts
+        return -(-shape.pairs // (8 * int(parameters["tiles"]) * warps)), parts, 1
+
+    def _planes(self, problem: Problem, parameters: Parameters) -> int:
+        """Bytes of partial sums, of which each block writes its own."""
+        if problem.operation is Operation.GRAD_TABLE:
+            return 0
+        samples = _batch_tiles(problem, parameters) * int(parameters["samples"])
+        forward = problem.operation is Operation.FORWARD
+        size = 4 * problem.shape.outputs if forward else 8 * _padded(problem)
+        return self._grid(problem, parameters)[2] * samples * size
+
+    def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
+        """See base class."""
+        shape, operation = problem.shape, problem.operation
+        rows, samples = _padded(problem), _batch_tiles(problem, parameters) * int(parameters["samples"])
+        grid = self._grid(problem, parameters)
+        half = problem.table is TableDtype.FLOAT16
+        reach: tuple[str, ...] = ("reach",) if half else ()
+        workspaces = [Workspace("fractions", 8 * rows * samples), Workspace("cells", rows * samples)]
+        if half:
+            workspaces.append(Workspace("reach", 4 * rows // _STEP * samples))
+        if operation is not Operation.GRAD_TABLE:
+            workspaces.append(Workspace("planes", self._planes(problem, parameters)))
+        located = ("fractions", "cells", *reach)
+        jobs = rows // _STEP * (samples // _WARP)
+        arguments: tuple[Argument, ...] = (
+            "x", "borders", *located, shape.inputs, shape.batch, rows, *strides("x"),
+        )  # fmt: skip
+        blocks = (-(-jobs // (_THREADS // _WARP)), 1, 1)
+        steps = [Launch("lmkan_locate", arguments, blocks, _THREADS)]
+        # parts are as even as pieces of 16 outputs allow, so that they may be fewer
+        parts = grid[1] if operation is Operation.GRAD_TABLE else grid[2]
+        part = -(-shape.outputs // (_STEP * parts)) * _STEP
+        parts = -(-shape.outputs // part)
+        sizes: tuple[Argument, ...] = (shape.pairs, rows, shape.outputs)
+        gradients: tuple[Argument, ...] = (*sizes, shape.batch, part, *strides("grad"))
+        summed = 0
+        ends: tuple[Argument, ...] = ()
+        if operation is Operation.FORWARD:
+            table = "table" if problem.table is TableDtype.FLOAT32 else "words"
+            arguments = (table, *located, "planes", *sizes, int(parameters["slice"]))
+            summed = shape.outputs * samples
+            ends = ("planes", "y", shape.outputs, shape.batch, grid[2])
+        elif operation is Operation.GRAD_INPUT:
+            grid = (grid[0], grid[1], parts)
+            arguments = ("table", "grad", *located, "planes", *gradients)
+            summed = rows * samples
+            of_inputs = (shape.inputs, shape.batch, rows, parts, *strides("grad_x"))
+            ends = ("planes", "cells", "borders", "grad_x", *of_inputs)
+        else:
+            grid = (grid[0], parts, 1)
+            arguments = ("grad", *located, "grad_table", *gradients)
+        threads = _WARP * int(parameters["warps"])
+        shared = self.shared_memory(problem, parameters)
+        steps.append(Launch(f"lmkan_{operation}", arguments, grid, threads, shared))
+        if ends:
+            name = "lmkan_sum_outputs" if operation is Operation.FORWARD else "lmkan_sum_slopes"
+            steps.append(Launch(name, ends, (-(-summed // _THREADS), 1, 1), _THREADS))
+        return LaunchPlan(tuple(workspaces), tuple(steps))
+
+
+def _pack(problem: Problem) -> int:
+    """Outputs in a word of the table."""
+    return 2 if problem.table in _NARROW else 1
+
+
+def _padded(problem: Problem) -> int:
+    """Pairs that are located."""
+    return -(-problem.shape.pairs // _PAD) * _PAD
+
+
+def _batch_tiles(problem: Problem, parameters: Parameters) -> int:
+    samples = int(parameters["samples"])
+    return -(-problem.shape.batch // samples)
+
+
+FAMILY = MatrixProduct()

@@ -1,0 +1,213 @@
+"""Tables as dense factors on tensor cores: right for any width, far samples included, in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lmkan_gen import packing, selection
+from lmkan_gen.device import models, target
+from lmkan_gen.families import family
+from lmkan_gen.plan import Constant, Launch
+from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
+from lmkan_gen.tuner.verify import make_case, make_inputs
+from tests import emulation, layouts
+
+FAMILY = family("matrix_product")
+GPU = target("sm_90")
+CPU = torch.device("cpu")
+FORWARD, GRAD_INPUT, GRAD_TABLE = Operation.FORWARD, Operation.GRAD_INPUT, Operation.GRAD_TABLE
+FLOAT32, FLOAT16, BFLOAT16 = TableDtype.FLOAT32, TableDtype.FLOAT16, TableDtype.BFLOAT16
+WIDE = LayerShape(4096, 4096, 4, 64)
+
+#: operation, table, parameters in the order of the space, shape
+EMULATED: list[tuple[Operation, TableDtype, tuple[int, ...], tuple[int, int, int, int]]] = [
+    (GRAD_INPUT, FLOAT32, (64, 32, 4, 3), (40, 36, 3, 33)),
+    (GRAD_INPUT, FLOAT32, (64, 64, 4, 4), (35, 90, 4, 40)),
+    (GRAD_INPUT, FLOAT32, (64, 32, 4, 12), (133, 7, 3, 5)),
+    (GRAD_TABLE, FLOAT32, (64, 32, 4, 4), (40, 36, 3, 33)),
+    (GRAD_TABLE, FLOAT32, (64, 32, 4, 1), (35, 70, 4, 40)),
+    (GRAD_TABLE, FLOAT32, (64, 64, 4, 2), (131, 20, 3, 70)),
+    (GRAD_TABLE, FLOAT32, (128, 128, 4, 1), (7, 18, 5, 100)),
+    (FORWARD, FLOAT32, (32, 4, 1, 16, 32, 3), (80, 70, 3, 33)),
+    (FORWARD, FLOAT32, (64, 4, 2, 32, 64, 4), (71, 30, 4, 65)),
+    (FORWARD, FLOAT16, (32, 4, 1, 16, 32, 3), (80, 71, 3, 33)),
+    (FORWARD, FLOAT16, (64, 4, 2, 32, 64, 4), (71, 29, 4, 65)),
+    (FORWARD, BFLOAT16, (128, 4, 1, 16, 64, 4), (73, 30, 3, 40)),
+]
+
+
+def problem(operation: Operation, table: TableDtype, shape: LayerShape, **more: bool | int) -> Problem:
+    return Problem(operation, shape, GPU, table, **more)  # type: ignore[arg-type]
+
+
+def named(operation: Operation, values: tuple[int, ...]) -> dict[str, Constant]:
+    return dict(zip(FAMILY.space(operation), values, strict=True))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulation")
+
+
+def emulate(asked: Problem, parameters: dict[str, Constant], directory: Path, seed: int = 0) -> layouts.Run:
+    spec, plan = FAMILY.spec(asked, parameters), FAMILY.plan(asked, parameters)
+
+    def run(buffers: Mapping[str, Tensor]) -> None:
+        emulation.run(spec, plan, directory, packing.arranged(buffers, plan.buffers, asked.table), seed)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("operation", "table", "values", "sizes"), EMULATED, ids=[f"{e[0]}-{e[1]}-{e[2]}" for e in EMULATED]
+)
+def test_right_in_emulation(
+    directory: Path,
+    operation: Operation,
+    table: TableDtype,
+    values: tuple[int, ...],
+    sizes: tuple[int, int, int, int],
+) -> None:
+    """Tails of all kinds, outputs poisoned, and workspaces as the run before left them."""
+    asked, parameters = problem(operation, table, LayerShape(*sizes)), named(operation, values)
+    assert FAMILY.violations(asked, parameters) == []
+    case = make_case(operation, asked.shape, CPU, spread=3.0, most=256, table=table)
+    case.check(emulate(asked, parameters, directory), str(parameters))
+
+
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(EMULATED), st.integers(1, 70), st.integers(1, 40), st.integers(1, 40))
+def test_any_width(
+    directory: Path,
+    example: tuple[Operation, TableDtype, tuple[int, ...], tuple[int, int, int, int]],
+    inputs: int,
+    outputs: int,
+    batch: int,
+) -> None:
+    operation, table, values, sizes = example
+    asked = problem(operation, table, LayerShape(inputs, outputs, sizes[2], batch))
+    case = make_case(operation, asked.shape, CPU, spread=1.0, most=256, table=table)
+    case.check(emulate(asked, named(operation, values), directory), str(asked.shape))
+
+
+@pytest.mark.parametrize("operation", [FORWARD, GRAD_INPUT, GRAD_TABLE])
+def test_order_of_blocks_does_not_matter(directory: Path, operation: Operation) -> None:
+    """The same bits, whichever block comes first: every sum has one order."""
+    _, table, values, sizes = next(e for e in EMULATED if e[0] is operation)
+    asked, parameters = (
+        problem(operation, table, LayerShape(*sizes), deterministic=True),
+        named(operation, values),
+    )
+    assert FAMILY.violations(asked, parameters) == []
+    inputs = make_inputs(operation, asked.shape, CPU, seed=3, spread=2.0, table=table)
+    results: list[dict[str, Tensor]] = []
+    for seed in (0, 1):
+        outputs = {n: torch.full(t.shape, torch.nan) for n, t in layouts.right(operation, inputs).items()}
+        emulate(asked, parameters, directory, seed)({**inputs, **outputs})
+        results.append(outputs)
+    for name, first in results[0].items():
+        assert torch.equal(first, results[1][name])
+
+
+@pytest.mark.parametrize("table", [FLOAT32, FLOAT16, BFLOAT16])
+def test_far_samples_keep_their_weights(directory: Path, table: TableDtype) -> None:
+    """Their products exceed float16 by far; and a NaN stays in its sample."""
+    values = (32, 4, 1, 16, 32, 3)
+    asked = problem(FORWARD, table, LayerShape(80, 9, 3, 6))
+    inputs = make_inputs(FORWARD, asked.shape, CPU, seed=5, table=table)
+    inputs["x"][0:2, 1] = torch.tensor([4000.0, -3000.0])
+    inputs["x"][70:72, 2] = torch.tensor([-1e15, 1e15])
+    inputs["x"][4, 4] = torch.nan
+    y = torch.full((9, 6), 5.0)
+    expected = layouts.right(FORWARD, inputs)["y"]
+    emulate(asked, named(FORWARD, values), directory)({**inputs, "y": y})
+    assert y[:, 4].isnan().all()
+    limit = {FLOAT32: 5e-6, FLOAT16: 1e-3, BFLOAT16: 8e-3}[table]
+    for sample in (0, 1, 2, 3, 5):
+        difference = (y[:, sample] - expected[:, sample]).norm() / expected[:, sample].norm()
+        assert difference <= limit, sample
+
+
+def test_edges_of_cells(directory: Path) -> None:
+    """On the knots, next to them, and beyond the outermost ones."""
+    asked = problem(FORWARD, FLOAT32, LayerShape(2, 5, 4, 33))
+    inputs = make_inputs(FORWARD, asked.shape, CPU, seed=5)
+    knots = inputs["borders"]
+    edges = torch.cat((knots, knots.nextafter(torch.tensor(9.0)), knots.nextafter(torch.tensor(-9.0))))
+    inputs["x"][0, :15], inputs["x"][1, :15] = edges, edges.flip(0)
+    y = torch.full((5, 33), torch.nan)
+    emulate(asked, named(FORWARD, (32, 4, 1, 16, 32, 3)), directory)({**inputs, "y": y})
+    expected = layouts.right(FORWARD, inputs)["y"]
+    assert (y - expected).abs().max() <= 5e-6 * expected.abs().max()
+
+
+def test_chosen_for_wide_layers_on_tiny_grids() -> None:
+    for operation, table in (
+        (FORWARD, FLOAT32),
+        (FORWARD, FLOAT16),
+        (GRAD_INPUT, FLOAT32),
+        (GRAD_TABLE, FLOAT32),
+    ):
+        usual = problem(operation, table, WIDE)
+        assert FAMILY.preference(usual) > 1
+        for shape in (replace(WIDE, batch=4096), replace(WIDE, grids=18), replace(WIDE, outputs=64)):
+            assert FAMILY.preference(replace(usual, shape=shape)) < 0
+        parameters = FAMILY.default(usual)
+        assert parameters is not None
+        assert not FAMILY.wasted(usual, parameters)
+        grids = [s.grid for s in FAMILY.plan(usual, parameters).steps if isinstance(s, Launch)]
+        x, y, z = grids[1]
+        assert 120 <= x * y * z <= 264
+    # what was tuned for this very shape goes ahead, for another one it does not
+    other = problem(GRAD_INPUT, FLOAT32, replace(WIDE, inputs=3000))
+    assert selection.select(other).family == "matrix_product"
+    for chip in (GPU, *models("sm_90")):
+        for shape in (WIDE, replace(WIDE, inputs=3000)):
+            choices = selection.select_backward(Problem(Operation.BACKWARD, shape, chip))
+            assert [c.family for c in choices] == ["matrix_product", "matrix_product"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "values", "change", "limit"),
+    [
+        (GRAD_INPUT, (512, 64, 8, 12), {}, "shared_memory"),
+        (GRAD_INPUT, (64, 64, 16, 3), {}, "registers"),
+        (GRAD_TABLE, (64, 128, 4, 4), {}, "registers"),
+        (FORWARD, (64, 4, 2, 32, 32, 3), {}, "wasted"),
+        (FORWARD, (64, 4, 2, 16, 32, 3), {"grids": 16}, "grid"),
+        (FORWARD, (64, 4, 2, 16, 32, 3), {"batch": 1 << 20}, "workspace"),
+    ],
+)
+def test_what_does_not_fit_is_said(
+    operation: Operation, values: tuple[int, ...], change: dict[str, int], limit: str
+) -> None:
+    asked = problem(operation, FLOAT32, replace(WIDE, **change))
+    assert limit in {v.limit for v in FAMILY.violations(asked, named(operation, values))}
+
+
+def test_older_gpus_have_no_such_tensor_cores() -> None:
+    old = Problem(FORWARD, WIDE, target("sm_75"))
+    assert {v.limit for v in FAMILY.violations(old, named(FORWARD, (64, 4, 2, 16, 32, 3)))} == {
+        "architecture"
+    }
+    assert FAMILY.default(old) is None
+
+
+def test_wasted_candidates_are_not_tried() -> None:
+    assert FAMILY.wasted(
+        problem(GRAD_INPUT, FLOAT32, replace(WIDE, batch=1024)), named(GRAD_INPUT, (64, 64, 8, 4))
+    )
+    assert FAMILY.wasted(
+        problem(GRAD_TABLE, FLOAT32, replace(WIDE, outputs=64)), named(GRAD_TABLE, (256, 64, 8, 4))
+    )
+    assert FAMILY.wasted(
+        problem(FORWARD, FLOAT32, replace(WIDE, inputs=64)), named(FORWARD, (64, 8, 2, 16, 512, 4))
+    )
