@@ -30,6 +30,7 @@ struct alignas(16) uint4 {
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 template <typename T> T __ldg(const T* address) {
     if (reinterpret_cast<uintptr_t>(address) % sizeof(T)) __builtin_trap();  // a misaligned address
     return *address;
@@ -51,10 +52,17 @@ inline unsigned __cvta_generic_to_shared(const void* address) {
     return unsigned(static_cast<const unsigned char*>(address) - shared_memory);
 }
 
-// Of a barrier that copies arrive at, by its address: the number of its current phase.
-inline unsigned& phase_of(unsigned barrier) {
-    static std::map<unsigned, unsigned> phases;
-    return phases[barrier];
+// A barrier in shared memory, by its address: the number of its current phase, and who has to arrive in each.
+struct Arrivals {
+    unsigned phase, expected, arrived;
+};
+inline Arrivals& arrivals_of(unsigned barrier) {
+    static std::map<unsigned, Arrivals> known;
+    return known[barrier];
+}
+inline void arrive_at(unsigned barrier) {
+    Arrivals& at = arrivals_of(barrier);
+    if (++at.arrived == at.expected) at.arrived = 0, ++at.phase;
 }
 
 struct Thread {
@@ -87,6 +95,7 @@ struct Barrier {
 struct Warp {
     Barrier barrier{32};
     uint64_t values[32];
+    unsigned operands[32][6];
 };
 Barrier block_barrier;
 std::vector<Warp> warps_of_block;
@@ -140,6 +149,52 @@ inline int __byte_perm(unsigned a, unsigned b, unsigned selector) {
     unsigned result = 0;
     for (int k = 0; k < 4; ++k) result |= unsigned(both >> 8 * (selector >> 4 * k & 7) & 0xff) << 8 * k;
     return int(result);
+}
+// Asynchronous copies are made at once.
+inline void copy_or_clear(unsigned target, const void* source, int bytes, int size) {
+    if (target % size || bytes && reinterpret_cast<uintptr_t>(source) % size) __builtin_trap();  // a misaligned address
+    std::memset(shared_memory + target, 0, size);
+    std::memcpy(shared_memory + target, source, bytes);
+}
+
+// Elements of a tensor core's registers.
+inline float part_in_tf32(unsigned bits, int) { return __uint_as_float(bits & 0xffffe000u); }
+inline float part_in_half(unsigned bits, int which) {
+    const uint16_t half = uint16_t(bits >> 16 * which);
+    _Float16 value;
+    std::memcpy(&value, &half, 2);
+    return float(value);
+}
+inline float part_in_bfloat(unsigned bits, int which) { return __uint_as_float(bits >> 16 * which << 16); }
+inline uint16_t in_half(float v) {
+    const _Float16 half = static_cast<_Float16>(v);
+    uint16_t bits;
+    std::memcpy(&bits, &half, 2);
+    return bits;
+}
+inline uint16_t in_bfloat(float v) {
+    const unsigned bits = __float_as_uint(v);
+    return v != v ? 0x7fff : uint16_t(bits + 0x7fff + (bits >> 16 & 1) >> 16);
+}
+
+// c += a b on a tensor core, with PACK elements of a factor in a register: 16 rows, 8 columns, sums over 8 PACK.
+template <int PACK, typename Part> void warp_product(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Part part) {
+    Warp& warp = warps_of_block[threadIdx.x / 32];
+    const int lane = threadIdx.x % 32;
+    unsigned(&mine)[6] = warp.operands[lane];
+    std::copy(a, a + 4, mine);
+    mine[4] = b0;
+    mine[5] = b1;
+    warp.barrier.wait();
+    for (int k = 0; k < 4; ++k) {
+        const int row = lane / 4 + 8 * (k / 2), column = 2 * (lane % 4) + k % 2;
+        for (int i = 0; i < 8 * PACK; ++i) {
+            const int other = i / PACK % 4, later = i / (4 * PACK);
+            const float left = part(warp.operands[4 * (row % 8) + other][row / 8 + 2 * later], i % PACK);
+            c[k] += left * part(warp.operands[4 * column + other][4 + later], i % PACK);
+        }
+    }
+    warp.barrier.wait();
 }
 inline int dot2(int weights, int corners, int first, int sum) {  // two 16-bit weights, bytes from the first one on
     for (int k = 0; k < 2; ++k) sum += int16_t(weights >> 16 * k) * int8_t(corners >> 8 * (first + k));

@@ -1,7 +1,7 @@
 """CUDA kernels run on the CPU, thread by thread: their results are checked where there is no GPU.
 
 Instructions that sources name in assembly are put in C++; of those that narrow 16-bit tables need there are
-none here.
+only those of tensor cores. Asynchronous copies are made at once: whether they are waited for does not show.
 """
 
 from __future__ import annotations
@@ -34,14 +34,24 @@ _INSTRUCTIONS = {
     "ld.global.v2.f32": "value = *address;",
     "ld.global.f32": "value = *address;",
     "cp.async.wait_all": ";",
+    "cp.async.wait_group": ";",
+    "cp.async.commit_group": ";",
+    "cp.async.cg.shared.global.L2": "copy_or_clear(target, source, bytes, 16);",
+    "cp.async.ca.shared.global [%0], [%1], 4,": "copy_or_clear(target, source, bytes, 4);",
+    "mma.sync.aligned.m16n8k8.row.col.f32.tf32": "warp_product<1>(c, a, b0, b1, part_in_tf32);",
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16": "warp_product<2>(c, a, b0, b1, part_in_half);",
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16": "warp_product<2>(c, a, b0, b1, part_in_bfloat);",
+    "cvt.rn.f16x2.f32": "both = unsigned(in_half(second)) << 16 | in_half(first);",
+    "cvt.rn.bf16x2.f32": "both = unsigned(in_bfloat(second)) << 16 | in_bfloat(first);",
     "fence.mbarrier_init": ";",
-    "mbarrier.init": "phase_of(barriers + 8 * k) = 0;",
-    "mbarrier.arrive.expect_tx": ";",
+    "mbarrier.init": "arrivals_of(barrier) = {0, unsigned(arrivals), 0};",
+    "mbarrier.arrive.expect_tx": ";",  # the copy arrives
+    "mbarrier.arrive.shared": "arrive_at(barrier);",
     "cp.async.bulk": (
-        "std::memcpy(shared_memory + tables + into * kStageBytes, from, kFilledBytes); ++phase_of(barrier);"
+        "std::memcpy(shared_memory + tables + into * kStageBytes, from, kFilledBytes); arrive_at(barrier);"
     ),
     # the first word of mbarrier.try_wait
-    ".reg": "done = (phase_of(barriers + 8 * stage) & 1) != phase; if (!done) end_turn();",
+    ".reg": "done = (arrivals_of(barrier).phase & 1) != phase; if (!done) end_turn();",
     "cp.async": (
         "std::memcpy(std::memset(shared_memory + target + 4 * kCopy * k, 0, 4 * kCopy), source, bytes);"
     ),
@@ -57,14 +67,13 @@ _INSTRUCTIONS = {
     "dp2a.lo": "sum = dot2(weights, corners, 0, sum);",
     "dp2a.hi": "sum = dot2(weights, corners, 2, sum);",
 }
-_ASSEMBLY = re.compile(r'\basm(?: volatile)?\(\s*"(?:\{ )?([\w.]+).*?\);$', re.DOTALL | re.MULTILINE)
+_ASSEMBLY = re.compile(r'\basm(?: volatile)?\(\s*"(?:\{ )?([^"]+)".*?\);$', re.DOTALL | re.MULTILINE)
 _DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
 
 
 def _in_cpp(source: str, arch: str) -> str:
     def instruction(match: re.Match[str]) -> str:
-        name = match[1]
-        return next(code for known, code in _INSTRUCTIONS.items() if name.startswith(known))
+        return next(code for known, code in _INSTRUCTIONS.items() if match[1].startswith(known))
 
     source = _DYNAMIC_SHARED.sub(r"\1* const \2 = reinterpret_cast<\1*>(shared_memory);", source)
     return f"#define __CUDA_ARCH__ {arch.removeprefix('sm_')}0\n" + _ASSEMBLY.sub(instruction, source)

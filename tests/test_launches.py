@@ -41,8 +41,14 @@ FUSED: dict[str, Constant] = {"pairs": 4, "outs": 8, "threads": 128, "mode": "fa
 SORTED: dict[str, Constant] = {"items": 1, "segment": 64, "vector": 1, "unroll": 2, "blocks": 2}
 STREAMED: dict[str, Constant] = {
     "pairs": 4, "outs": 8, "samples": 2, "threads": 64, "stages": 2, "blocks": 1, "vector": 1,
+    "together": 2,
 }  # fmt: skip
 HALVES: dict[str, Constant] = {**STREAMED, "pairs": 2, "vector": 2, "ahead": 2}
+PRODUCT: dict[str, Constant] = {
+    "samples": 32, "warps": 4, "tiles": 1, "pairs": 16, "slice": 32, "stages": 3,
+}  # fmt: skip
+SLOPES: dict[str, Constant] = {"outs": 64, "samples": 32, "warps": 4, "stages": 3}
+OUTER: dict[str, Constant] = {"outs": 64, "samples": 32, "warps": 4, "tiles": 2}
 #: family, operation, table, parameters, shape, deterministic, workspace
 EMULATED: list[
     tuple[str, Operation, TableDtype, dict[str, Constant], tuple[int, int, int, int], bool, int]
@@ -61,6 +67,9 @@ EMULATED: list[
     ("cell_sorted", Operation.GRAD_INPUT, FLOAT32, SORTED, (4, 260, 4, 40), False, 1),
     ("cell_sorted", Operation.GRAD_TABLE, FLOAT32, {**SORTED, "vector": 2}, (3, 34, 4, 1030), False, 1),
     ("cell_sorted", Operation.BACKWARD, FLOAT32, {**SORTED, "segment": 256}, (2, 4, 8, 2300), True, 150_000),
+    ("matrix_product", Operation.FORWARD, FLOAT32, PRODUCT, (35, 19, 4, 40), False, DEFAULT_WORKSPACE),
+    ("matrix_product", Operation.GRAD_INPUT, FLOAT32, SLOPES, (35, 70, 4, 40), False, DEFAULT_WORKSPACE),
+    ("matrix_product", Operation.GRAD_TABLE, FLOAT32, OUTER, (35, 70, 4, 40), False, DEFAULT_WORKSPACE),
     ("hessian_marching", Operation.HESSIAN, FLOAT32, MARCHED, (6, 5, 4, 1), False, 1),
 ]  # fmt: skip
 

@@ -59,10 +59,16 @@ FUSED: dict[str, Constant] = {"pairs": 2, "outs": 4, "threads": 128, "mode": "no
 SORTED: dict[str, Constant] = {"items": 1, "segment": 32, "vector": 1, "unroll": 2, "blocks": 2}
 STREAMED: dict[str, Constant] = {
     "pairs": 4, "outs": 8, "samples": 2, "threads": 64, "stages": 2, "blocks": 1, "vector": 1,
+    "together": 2,
 }  # fmt: skip
 #: rows of half as many words as there are banks, read two at a time
 HALVES: dict[str, Constant] = {**STREAMED, "pairs": 2, "vector": 2, "stages": 3}
 ROWS: dict[str, Constant] = {"warps": 2, "vector": 1, "unroll": 2}
+PRODUCT: dict[str, Constant] = {
+    "samples": 32, "warps": 4, "tiles": 1, "pairs": 16, "slice": 32, "stages": 3,
+}  # fmt: skip
+SLOPES: dict[str, Constant] = {"outs": 64, "samples": 32, "warps": 4, "stages": 3}
+OUTER: dict[str, Constant] = {"outs": 64, "samples": 32, "warps": 4, "tiles": 2}
 #: so few multiprocessors that each block has several items of work, and pieces of others
 STREAMING = replace(devices.target("sm_90"), multiprocessors=3)
 #: family, operation, table, parameters; inputs, outputs, batch
@@ -82,6 +88,10 @@ EMULATED: list[tuple[str, Operation, TableDtype, dict[str, Constant], tuple[int,
     ("cell_sorted", Operation.BACKWARD, FLOAT32, SORTED, (7, 5, 75)),
     ("cell_sorted", Operation.GRAD_INPUT, FLOAT32, SORTED, (4, 260, 40)),  # outputs of two blocks
     ("cell_sorted", Operation.GRAD_TABLE, FLOAT32, SORTED, (3, 4, 1030)),  # two slabs
+    ("matrix_product", Operation.FORWARD, FLOAT32, PRODUCT, (35, 9, 35)),
+    ("matrix_product", Operation.FORWARD, TableDtype.FLOAT16, PRODUCT, (35, 9, 35)),
+    ("matrix_product", Operation.GRAD_INPUT, FLOAT32, SLOPES, (35, 9, 35)),
+    ("matrix_product", Operation.GRAD_TABLE, FLOAT32, OUTER, (35, 9, 35)),
     ("row_gather", Operation.FORWARD, FLOAT32, {**ROWS, "slice": 16}, (35, 9, 5)),
     ("row_gather", Operation.GRAD_INPUT, FLOAT32, ROWS, (7, 70, 5)),
 ]  # fmt: skip
@@ -119,7 +129,8 @@ def test_cuda_kernel_in_emulation(
             table,
             deterministic=deterministic,
             constant=constant,
-            workspace=DEFAULT_WORKSPACE if deterministic else 1,  # 1: as many slabs as possible
+            # 1: as many slabs as possible; partial sums of products have no smaller form
+            workspace=DEFAULT_WORKSPACE if deterministic or name == "matrix_product" else 1,
             strided=layout != "batch_last",
         )
         run = emulation.prepare(kind, problem, parameters, directory)

@@ -23,6 +23,7 @@ FAMILY = family("output_stationary")
 GPU = target("sm_90")
 PARAMETERS: dict[str, Constant] = {
     "pairs": 4, "outs": 16, "samples": 3, "threads": 384, "stages": 2, "blocks": 1, "ahead": 2, "vector": 1,
+    "together": 4,
 }  # fmt: skip
 
 Items = Callable[[int, int, int, int], list[tuple[int, int, int]]]
@@ -39,7 +40,8 @@ constexpr int kSamples = %d, kWarps = %d;
 extern "C" int items_of_block(index_t units, int tiles, int together, int blocks, int block, long long* out) {
     gridDim.x = blocks;
     blockIdx.x = block;
-    const Schedule schedule(units, tiles, together);
+    Schedule schedule;
+    schedule.divide(units, tiles, together);
     for (int k = 0; k < schedule.mine; ++k) {
         const Item item = schedule(k);
         out[3 * k] = item.tile;
@@ -59,7 +61,7 @@ def problem(operation: Operation, shape: LayerShape, table: TableDtype = TableDt
 def items_of_all_blocks(tmp_path_factory: pytest.TempPathFactory) -> Items:
     """What the rendered source's ``Schedule`` gives to each block, run on the CPU."""
     source = render(FAMILY.spec(problem(Operation.FORWARD, LayerShape(64, 64, 8, 4096)), PARAMETERS))
-    schedule = source[source.index("struct Item {") : source.index("// The stages of a block")]
+    schedule = source[source.index("struct Item {") : source.index("// What a block's warps share")]
     directory = tmp_path_factory.mktemp("schedule")
     code, library = directory / "schedule.cpp", directory / "schedule.so"
     code.write_text(HARNESS % (PARAMETERS["samples"], int(PARAMETERS["threads"]) // 32, schedule))

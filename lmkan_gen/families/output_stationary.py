@@ -21,6 +21,7 @@ _MAX_STAGES = 2**31 - 1
 #: measured on an H200; only their ratios matter
 _CYCLES_PER_US, _COPY_RATE, _LAUNCH_US = 1900.0, 4.0e6, 2.0
 _CACHE_RATE = 25.0  # bytes a cycle from the level-2 cache to a multiprocessor
+_TOGETHER = (1, 2, 4, 8, 16, 32)
 _LATENCY_CYCLES = 800.0  # of the level-2 cache under load: what is asked for should be used no sooner
 
 
@@ -43,7 +44,7 @@ class OutputStationary(Family):
 
         A stage holds the tables of ``pairs`` pairs and ``outs`` outputs; a lane sums over pairs (forward) or
         outputs for ``samples`` samples. Loads of coordinates run ``ahead`` by so many pairs. It reads
-        ``vector`` words of a table at a time.
+        ``vector`` words of a table at a time. Blocks are at about ``together`` tiles at a time.
         """
         common: dict[str, tuple[Constant, ...]] = {
             "samples": (1, 2, 3, 4, 5, 6, 8),
@@ -51,6 +52,7 @@ class OutputStationary(Family):
             "stages": (2, 3, 4, 6, 8),
             "blocks": (1, 8),
             "vector": (1, 2, 4),
+            "together": _TOGETHER,
         }
         if operation is Operation.FORWARD:
             return {"pairs": (1, 2, 4, 8), "outs": (8, 16, 32), "ahead": (1, 2, 4, 8)} | common
@@ -135,21 +137,29 @@ class OutputStationary(Family):
         """See base class."""
         shape = problem.shape
         pairs, outs, samples, threads, _, _ = _values(parameters)
+        tiles, _ = _tiles(problem, pairs, outs)
+        together = int(parameters["together"])
+        if together > max(1, tiles) or together > problem.device.multiprocessors * int(parameters["blocks"]):
+            return True
         return outs >= 2 * shape.outputs or pairs >= 2 * shape.pairs or (samples - 1) * threads >= shape.batch
 
     @staticmethod
-    def _together(problem: Problem, tiles: int, groups: int, table_bytes: int, blocks: int) -> int:
+    def _default_together(problem: Problem, parameters: Parameters) -> int:
         """Tiles that blocks work at together, such that device memory is read the least.
 
-        With ``n`` blocks at ``t`` of all tiles the table is read ``groups * t / n`` times; what belongs to
-        samples, coordinates or gradients, ``tiles / t`` times.
+        With ``n`` blocks at ``t`` of all tiles, and per stage ``s`` bytes of what belongs to samples,
+        coordinates or gradients, and ``T`` of tables, ``t T + (n / t) s`` are new at a time. Half of the best
+        ``t`` was as good or better on an H100 with float tables: blocks drift apart.
         """
-        shape = problem.shape
-        of_samples = shape.batch * (
-            8 * shape.pairs if problem.operation is Operation.FORWARD else 4 * shape.outputs
-        )
-        best = math.sqrt(of_samples * tiles * blocks / (table_bytes * groups))
-        return max(1, min(tiles, round(best)))
+        pairs, outs, samples, threads, _, _ = _values(parameters)
+        forward = problem.operation is Operation.FORWARD
+        of_samples = samples * threads * (8 * pairs if forward else 4 * outs)
+        blocks = problem.device.multiprocessors * int(parameters["blocks"])
+        best = math.sqrt(blocks * of_samples / _stage_bytes(problem, pairs, outs))
+        best /= 1 if problem.table is TableDtype.INT8 else 2
+        tiles, _ = _tiles(problem, pairs, outs)
+        fitting = [t for t in _TOGETHER if t <= max(1, tiles) and t <= blocks]
+        return min(fitting, key=lambda t: abs(math.log(t / best)))
 
     @staticmethod
     def _registers(problem: Problem, parameters: Parameters) -> int:
@@ -161,11 +171,14 @@ class OutputStationary(Family):
         return samples * outs + narrow + 4 * ahead + 24
 
     @staticmethod
-    def _spare(problem: Problem) -> int:
+    def _spare(problem: Problem, parameters: Parameters) -> int:
         """Registers by which what was never compiled has to stay below its limit."""
         if problem.operation is Operation.GRAD_INPUT:
-            return 24 if problem.table is TableDtype.FLOAT32 else 32
-        return 16 if problem.table is TableDtype.FLOAT32 else 0
+            pairs, outs, *_ = _values(parameters)
+            return (24 if problem.table is TableDtype.FLOAT32 else 32) + 16 * lanes.is_partial(
+                problem, pairs, outs
+            )
+        return {TableDtype.FLOAT32: 16, TableDtype.INT8: 8}.get(problem.table, 0)
 
     def preference(self, problem: Problem) -> float:
         """Faster than tiles that stay, where there are samples enough for every multiprocessor."""
@@ -180,7 +193,9 @@ class OutputStationary(Family):
         for parameters in self._default_candidates(problem):
             if self.violations(problem, parameters) or self.wasted(problem, parameters):
                 continue
-            if self._registers(problem, parameters) + self._spare(problem) > _register_limit(parameters):
+            if self._registers(problem, parameters) + self._spare(problem, parameters) > _register_limit(
+                parameters
+            ):
                 continue
             cost = self.estimate(problem, parameters)
             if best is None or cost < best[0]:
@@ -198,7 +213,9 @@ class OutputStationary(Family):
                 continue
             parameters: dict[str, Constant] = {"pairs": pairs, "outs": outs, "samples": samples}
             parameters |= {"threads": threads, "stages": 2, "blocks": 1, "vector": 1}
-            yield parameters | {"ahead": min(pairs, 2 if is_float else 4)} if forward else parameters
+            if forward:
+                parameters["ahead"] = min(pairs, 2 if is_float else 4)
+            yield parameters | {"together": OutputStationary._default_together(problem, parameters)}
 
     def estimate(self, problem: Problem, parameters: Parameters) -> float:
         """A rough time in microseconds; ranks candidates where nothing was tuned."""
@@ -222,14 +239,13 @@ class OutputStationary(Family):
         cycles = max(cycles, warps * stage / _CACHE_RATE)
         cycles *= (1 + 8 / warps**2) * max(1.0, _LATENCY_CYCLES / turn)
         # columns of samples of the busiest block
-        pair_tiles, out_tiles = -(-shape.pairs // pairs), -(-shape.outputs // outs)
-        tiles, summed = (out_tiles, pair_tiles) if forward else (pair_tiles, out_tiles)
+        tiles, summed = _tiles(problem, pairs, outs)
         columns = -(-shape.batch // threads) * tiles
         columns = -(-columns // problem.device.multiprocessors)
         time = columns * summed * cycles / _CYCLES_PER_US
         moved = 16 * shape.batch * shape.pairs
         if not (forward and problem.constant):
-            moved += 2 * out_tiles * pair_tiles * _stage_bytes(problem, pairs, outs)
+            moved += 2 * tiles * summed * _stage_bytes(problem, pairs, outs)
         return time + moved / _COPY_RATE + 3 * _LAUNCH_US
 
     def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
@@ -272,12 +288,14 @@ class OutputStationary(Family):
         by_plan: tuple[int, ...] = (int(arranged),) if forward else ()
         buffers: tuple[str, ...] = ("y",) if forward else ("grad", "grad_x")
         tiles = out_tiles if forward else pair_tiles
-        groups = -(-shape.batch // (samples * threads))
         sizes = (shape.batch, shape.pairs, shape.outputs)
         # a column of samples is the least that a block works on
         columns = -(-shape.batch // threads) * tiles
         blocks = min(problem.device.multiprocessors * int(parameters["blocks"]), columns)
-        together = self._together(problem, tiles, groups, table_bytes, blocks)
+        # where that divides the blocks, each stays at its tile until all are through with it
+        wanted = min(int(parameters["together"]), tiles, blocks)
+        divisors = (t for t in range(1, blocks + 1) if blocks % t == 0)
+        together = min(tiles, min(divisors, key=lambda t: abs(math.log(t / wanted))))
         steps.append(
             Launch(
                 f"lmkan_{problem.operation}",
@@ -299,6 +317,12 @@ def _values(parameters: Parameters) -> tuple[int, int, int, int, int, int]:
         int(parameters["stages"]),
         int(parameters.get("ahead", 1)),
     )
+
+
+def _tiles(problem: Problem, pairs: int, outs: int) -> tuple[int, int]:
+    """Tiles that blocks are at, and those that they sum over."""
+    pair_tiles, out_tiles = -(-problem.shape.pairs // pairs), -(-problem.shape.outputs // outs)
+    return (out_tiles, pair_tiles) if problem.operation is Operation.FORWARD else (pair_tiles, out_tiles)
 
 
 def _vector(parameters: Parameters) -> int:
