@@ -21,10 +21,21 @@ from torch import Tensor
 from lmkan_gen import codegen
 from lmkan_gen.families import Family
 from lmkan_gen.families.base import Parameters
-from lmkan_gen.plan import Argument, Fill, KernelSpec, Launch, LaunchPlan, Stride
+from lmkan_gen.plan import Argument, Constant, Fill, KernelSpec, Launch, LaunchPlan, Stride
 from lmkan_gen.problem import Problem
 
 Run = Callable[[Mapping[str, Tensor]], None]
+
+#: small parameters of families: output-stationary, and matrix products, forward and for both gradients
+STREAMED: dict[str, Constant] = {
+    "pairs": 4, "outs": 8, "samples": 2, "threads": 64, "stages": 2, "blocks": 1, "vector": 1,
+    "together": 2,
+}  # fmt: skip
+PRODUCT: dict[str, Constant] = {
+    "samples": 32, "warps": 4, "tiles": 1, "pairs": 16, "slice": 32, "stages": 3,
+}  # fmt: skip
+SLOPES: dict[str, Constant] = {"outs": 64, "samples": 32, "warps": 4, "stages": 3}
+OUTER: dict[str, Constant] = {"outs": 64, "samples": 32, "warps": 4, "tiles": 2}
 
 #: by the beginning of an instruction, with the operands that the sources give it
 _INSTRUCTIONS = {
@@ -135,14 +146,14 @@ def check_early_starts(
         touched |= {a for a in step.arguments if isinstance(a, str)} - set(inputs)
 
 
-def prepare(family: Family, problem: Problem, parameters: Parameters, directory: Path) -> Run:
-    """What runs a family's plan on named buffers in the CPU's memory."""
+def prepare(family: Family, problem: Problem, parameters: Parameters, directory: Path, seed: int = 0) -> Run:
+    """What runs a family's plan on named buffers in the CPU's memory; ``seed`` as in `run`."""
     family.check(problem.operation, parameters)
     assert not family.violations(problem, parameters)
     spec, plan = family.spec(problem, parameters), family.plan(problem, parameters)
 
     def of_plan(buffers: Mapping[str, Tensor]) -> None:
-        run(spec, plan, directory, buffers)
+        run(spec, plan, directory, buffers, seed)
 
     return of_plan
 

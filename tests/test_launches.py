@@ -23,6 +23,7 @@ from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Strid
 from lmkan_gen.problem import DEFAULT_WORKSPACE, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuner.verify import make_case, make_inputs
 from tests import emulation, layouts
+from tests.emulation import OUTER, PRODUCT, SLOPES, STREAMED
 
 GPU = devices.target("sm_90")
 #: so few multiprocessors that each block has several items of work
@@ -39,16 +40,7 @@ GATHERED: dict[str, Constant] = {"warps": 2, "vector": 1, "unroll": 2, "slice": 
 MARCHED: dict[str, Constant] = {"vector": 1, "warps": 4, "ahead": 0}
 FUSED: dict[str, Constant] = {"pairs": 4, "outs": 8, "threads": 128, "mode": "fast"}
 SORTED: dict[str, Constant] = {"items": 1, "segment": 64, "vector": 1, "unroll": 2, "blocks": 2}
-STREAMED: dict[str, Constant] = {
-    "pairs": 4, "outs": 8, "samples": 2, "threads": 64, "stages": 2, "blocks": 1, "vector": 1,
-    "together": 2,
-}  # fmt: skip
 HALVES: dict[str, Constant] = {**STREAMED, "pairs": 2, "vector": 2, "ahead": 2}
-PRODUCT: dict[str, Constant] = {
-    "samples": 32, "warps": 4, "tiles": 1, "pairs": 16, "slice": 32, "stages": 3,
-}  # fmt: skip
-SLOPES: dict[str, Constant] = {"outs": 64, "samples": 32, "warps": 4, "stages": 3}
-OUTER: dict[str, Constant] = {"outs": 64, "samples": 32, "warps": 4, "tiles": 2}
 #: family, operation, table, parameters, shape, deterministic, workspace
 EMULATED: list[
     tuple[str, Operation, TableDtype, dict[str, Constant], tuple[int, int, int, int], bool, int]

@@ -29,6 +29,7 @@ from lmkan_gen.plan import Constant
 from lmkan_gen.problem import CALL_OPERATIONS, DEFAULT_WORKSPACE, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuner.verify import make_inputs
 from tests import emulation, layouts
+from tests.emulation import OUTER, PRODUCT, SLOPES, STREAMED
 
 CPU = torch.device("cpu")
 FLOAT32, INT8 = TableDtype.FLOAT32, TableDtype.INT8
@@ -57,18 +58,9 @@ TILES: dict[str, Constant] = {
 WIDE: dict[str, Constant] = {**TILES, "pairs": 32}
 FUSED: dict[str, Constant] = {"pairs": 2, "outs": 4, "threads": 128, "mode": "normal"}
 SORTED: dict[str, Constant] = {"items": 1, "segment": 32, "vector": 1, "unroll": 2, "blocks": 2}
-STREAMED: dict[str, Constant] = {
-    "pairs": 4, "outs": 8, "samples": 2, "threads": 64, "stages": 2, "blocks": 1, "vector": 1,
-    "together": 2,
-}  # fmt: skip
 #: rows of half as many words as there are banks, read two at a time
 HALVES: dict[str, Constant] = {**STREAMED, "pairs": 2, "vector": 2, "stages": 3}
 ROWS: dict[str, Constant] = {"warps": 2, "vector": 1, "unroll": 2}
-PRODUCT: dict[str, Constant] = {
-    "samples": 32, "warps": 4, "tiles": 1, "pairs": 16, "slice": 32, "stages": 3,
-}  # fmt: skip
-SLOPES: dict[str, Constant] = {"outs": 64, "samples": 32, "warps": 4, "stages": 3}
-OUTER: dict[str, Constant] = {"outs": 64, "samples": 32, "warps": 4, "tiles": 2}
 #: so few multiprocessors that each block has several items of work, and pieces of others
 STREAMING = replace(devices.target("sm_90"), multiprocessors=3)
 #: family, operation, table, parameters; inputs, outputs, batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,12 +57,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def emulate(asked: Problem, parameters: dict[str, Constant], directory: Path, seed: int = 0) -> layouts.Run:
-    spec, plan = FAMILY.spec(asked, parameters), FAMILY.plan(asked, parameters)
-
-    def run(buffers: Mapping[str, Tensor]) -> None:
-        emulation.run(spec, plan, directory, packing.arranged(buffers, plan.buffers, asked.table), seed)
-
-    return run
+    run = emulation.prepare(FAMILY, asked, parameters, directory, seed)
+    names = FAMILY.plan(asked, parameters).buffers
+    return lambda buffers: run(packing.arranged(buffers, names, asked.table))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What kernels with a sample per lane share: words of tables, the pre-pass, and samples too far for int8.
 
-For the families whose templates include ``tile.cuh.j2`` and ``coordinates.cuh.j2``.
+For the families whose templates include ``tile.cuh.j2`` and ``coordinates.cuh.j2``; what concerns a
+table's words and buffers, for others as well.
 """
 
 from __future__ import annotations

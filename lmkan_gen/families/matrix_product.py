@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import product
 
+from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.plan import Argument, Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
-_WARP = 32
 _STEP = 16  # pairs, or outputs, of a piece of a table
 _PAD = 32  # pairs are located up to a multiple of it
 _MAX_GRID = 65535  # blocks along the second and third axis
@@ -22,7 +22,6 @@ _MOST_REGISTERS = 255  # of a thread
 _MAX_GRIDS = 15  # a cell has 4 bits per axis
 _RESERVED = 1024  # bytes of shared memory of each block: the driver's, and what kernels have beside
 _THREADS = 256  # of a block of what comes before and after
-_NARROW = (TableDtype.FLOAT16, TableDtype.BFLOAT16)
 
 
 class MatrixProduct(Family):
@@ -35,7 +34,7 @@ class MatrixProduct(Family):
 
     def computes(self, operation: Operation, table: TableDtype) -> bool:
         """See base class."""
-        narrow = table in _NARROW and operation is Operation.FORWARD
+        narrow = table in (TableDtype.FLOAT16, TableDtype.BFLOAT16) and operation is Operation.FORWARD
         return operation in self.operations and (table is TableDtype.FLOAT32 or narrow)
 
     def space(self, operation: Operation) -> Mapping[str, tuple[Constant, ...]]:
@@ -64,7 +63,7 @@ class MatrixProduct(Family):
         """Bytes of dynamic shared memory of one block."""
         samples, warps = int(parameters["samples"]), int(parameters["warps"])
         if problem.operation is Operation.FORWARD:
-            pack = _pack(problem)
+            pack = lanes.pack(problem)
             weights = 2 * (problem.shape.grids + 1) * int(parameters["pairs"]) // pack * samples
             stage = _STEP * _STEP * int(parameters["tiles"]) // pack
             return 4 * (weights + warps * int(parameters["stages"]) * stage)
@@ -78,11 +77,11 @@ class MatrixProduct(Family):
         """What a lane keeps: sums, fragments of both factors, addresses."""
         samples = int(parameters["samples"])
         if problem.operation is Operation.GRAD_INPUT:
-            return 3 * samples // 2 + samples // 2 + 40
+            return 2 * samples + 40
         tiles = int(parameters["tiles"])
         if problem.operation is Operation.GRAD_TABLE:
             return tiles * samples // 2 + 8 * tiles + 48
-        if _pack(problem) > 1:
+        if lanes.pack(problem) > 1:
             return tiles * samples // 2 + samples // 4 + 28
         return tiles * samples + samples // 2 + 28
 
@@ -108,7 +107,7 @@ class MatrixProduct(Family):
                     f"{device.name} has {device.shared_memory_per_block} per block",
                 )
             )
-        limit = min(_MOST_REGISTERS, _REGISTERS // (_WARP * int(parameters["warps"])))
+        limit = min(_MOST_REGISTERS, _REGISTERS // (lanes.WARP * int(parameters["warps"])))
         if (needed := self._registers(problem, parameters)) > limit:
             found.append(
                 Violation(
@@ -117,13 +116,9 @@ class MatrixProduct(Family):
                     f"{parameters['warps']} warps have {limit} each",
                 )
             )
-        sliced, pairs = int(parameters.get("slice", 0)), int(parameters.get("pairs", 0))
-        if problem.operation is Operation.FORWARD and sliced <= pairs:
-            found.append(
-                Violation(
-                    "wasted", f"slice={sliced} is no more than pairs={pairs}: no weights are made ahead"
-                )
-            )
+        if problem.operation is Operation.FORWARD and int(parameters["slice"]) <= int(parameters["pairs"]):
+            why = f"slice={parameters['slice']} is no more than pairs={parameters['pairs']}"
+            found.append(Violation("wasted", f"{why}: no weights are made ahead"))
         _, *rest = self._grid(problem, parameters)
         if max(rest) > _MAX_GRID:
             found.append(Violation("grid", f"{rest} blocks, at most {_MAX_GRID} fit a launch"))
@@ -141,11 +136,11 @@ class MatrixProduct(Family):
         """Tiles, warps, slices or parts that are mostly padding, and tables that are read again and again."""
         shape = problem.shape
         samples, warps = int(parameters["samples"]), int(parameters["warps"])
-        if samples >= 2 * max(shape.batch, _WARP) or shape.batch > 8 * samples:
+        if samples >= 2 * max(shape.batch, lanes.WARP) or shape.batch > 8 * samples:
             return True
         if problem.operation is Operation.FORWARD:
             outs = _STEP * int(parameters["tiles"]) * warps
-            few = int(parameters["slice"]) >= 2 * max(shape.pairs, _WARP)
+            few = int(parameters["slice"]) >= 2 * max(shape.pairs, lanes.WARP)
             return few or outs >= 2 * max(shape.outputs, 64)
         pairs = warps * (_STEP if problem.operation is Operation.GRAD_INPUT else 8 * int(parameters["tiles"]))
         return int(parameters["outs"]) >= 2 * max(shape.outputs, 64) or pairs >= 2 * max(shape.pairs, 64)
@@ -172,7 +167,7 @@ class MatrixProduct(Family):
 
     @staticmethod
     def _default_candidates(problem: Problem) -> Iterator[dict[str, Constant]]:
-        samples = 64 if problem.shape.batch > _WARP else _WARP
+        samples = 64 if problem.shape.batch > lanes.WARP else lanes.WARP
         if problem.operation is Operation.FORWARD:
             for pairs, warps, sliced, stages in product((32, 16), (8, 4), (256, 128, 64, 32, 512), (4, 3)):
                 block: dict[str, Constant] = {"samples": samples, "warps": warps, "tiles": 2}
@@ -229,11 +224,11 @@ class MatrixProduct(Family):
         if operation is not Operation.GRAD_TABLE:
             workspaces.append(Workspace("planes", self._planes(problem, parameters)))
         located = ("fractions", "cells", *reach)
-        jobs = rows // _STEP * (samples // _WARP)
+        jobs = rows // _STEP * (samples // lanes.WARP)
         arguments: tuple[Argument, ...] = (
             "x", "borders", *located, shape.inputs, shape.batch, rows, *strides("x"),
         )  # fmt: skip
-        blocks = (-(-jobs // (_THREADS // _WARP)), 1, 1)
+        blocks = (-(-jobs // (_THREADS // lanes.WARP)), 1, 1)
         steps = [Launch("lmkan_locate", arguments, blocks, _THREADS)]
         # parts are as even as pieces of 16 outputs allow, so that they may be fewer
         parts = grid[1] if operation is Operation.GRAD_TABLE else grid[2]
@@ -244,8 +239,7 @@ class MatrixProduct(Family):
         summed = 0
         ends: tuple[Argument, ...] = ()
         if operation is Operation.FORWARD:
-            table = "table" if problem.table is TableDtype.FLOAT32 else "words"
-            arguments = (table, *located, "planes", *sizes, int(parameters["slice"]))
+            arguments = (*lanes.table_buffers(problem), *located, "planes", *sizes, int(parameters["slice"]))
             summed = shape.outputs * samples
             ends = ("planes", "y", shape.outputs, shape.batch, grid[2])
         elif operation is Operation.GRAD_INPUT:
@@ -257,18 +251,13 @@ class MatrixProduct(Family):
         else:
             grid = (grid[0], parts, 1)
             arguments = ("grad", *located, "grad_table", *gradients)
-        threads = _WARP * int(parameters["warps"])
+        threads = lanes.WARP * int(parameters["warps"])
         shared = self.shared_memory(problem, parameters)
         steps.append(Launch(f"lmkan_{operation}", arguments, grid, threads, shared))
         if ends:
             name = "lmkan_sum_outputs" if operation is Operation.FORWARD else "lmkan_sum_slopes"
             steps.append(Launch(name, ends, (-(-summed // _THREADS), 1, 1), _THREADS))
         return LaunchPlan(tuple(workspaces), tuple(steps))
-
-
-def _pack(problem: Problem) -> int:
-    """Outputs in a word of the table."""
-    return 2 if problem.table in _NARROW else 1
 
 
 def _padded(problem: Problem) -> int:

@@ -137,9 +137,7 @@ class OutputStationary(Family):
         """See base class."""
         shape = problem.shape
         pairs, outs, samples, threads, _, _ = _values(parameters)
-        tiles, _ = _tiles(problem, pairs, outs)
-        together = int(parameters["together"])
-        if together > max(1, tiles) or together > problem.device.multiprocessors * int(parameters["blocks"]):
+        if int(parameters["together"]) > _most_together(problem, parameters):
             return True
         return outs >= 2 * shape.outputs or pairs >= 2 * shape.pairs or (samples - 1) * threads >= shape.batch
 
@@ -154,11 +152,9 @@ class OutputStationary(Family):
         pairs, outs, samples, threads, _, _ = _values(parameters)
         forward = problem.operation is Operation.FORWARD
         of_samples = samples * threads * (8 * pairs if forward else 4 * outs)
-        blocks = problem.device.multiprocessors * int(parameters["blocks"])
-        best = math.sqrt(blocks * of_samples / _stage_bytes(problem, pairs, outs))
+        best = math.sqrt(_blocks(problem, parameters) * of_samples / _stage_bytes(problem, pairs, outs))
         best /= 1 if problem.table is TableDtype.INT8 else 2
-        tiles, _ = _tiles(problem, pairs, outs)
-        fitting = [t for t in _TOGETHER if t <= max(1, tiles) and t <= blocks]
+        fitting = [t for t in _TOGETHER if t <= _most_together(problem, parameters)]
         return min(fitting, key=lambda t: abs(math.log(t / best)))
 
     @staticmethod
@@ -291,7 +287,7 @@ class OutputStationary(Family):
         sizes = (shape.batch, shape.pairs, shape.outputs)
         # a column of samples is the least that a block works on
         columns = -(-shape.batch // threads) * tiles
-        blocks = min(problem.device.multiprocessors * int(parameters["blocks"]), columns)
+        blocks = min(_blocks(problem, parameters), columns)
         # where that divides the blocks, each stays at its tile until all are through with it
         wanted = min(int(parameters["together"]), tiles, blocks)
         divisors = (t for t in range(1, blocks + 1) if blocks % t == 0)
@@ -323,6 +319,17 @@ def _tiles(problem: Problem, pairs: int, outs: int) -> tuple[int, int]:
     """Tiles that blocks are at, and those that they sum over."""
     pair_tiles, out_tiles = -(-problem.shape.pairs // pairs), -(-problem.shape.outputs // outs)
     return (out_tiles, pair_tiles) if problem.operation is Operation.FORWARD else (pair_tiles, out_tiles)
+
+
+def _blocks(problem: Problem, parameters: Parameters) -> int:
+    """Blocks that run at a time."""
+    return problem.device.multiprocessors * int(parameters["blocks"])
+
+
+def _most_together(problem: Problem, parameters: Parameters) -> int:
+    """Tiles that blocks can be at together."""
+    tiles, _ = _tiles(problem, int(parameters["pairs"]), int(parameters["outs"]))
+    return min(tiles, _blocks(problem, parameters))
 
 
 def _vector(parameters: Parameters) -> int:
