@@ -1,6 +1,8 @@
 """How good is the tuner? The same search twice, and a quick one against a long one, on this machine.
 
 Winners are measured against each other in one process and in turns, so that their ratio means something.
+Several processes, one per GPU, can share the long search: give each the same ``--storage``, and a
+``LMKAN_GEN_CACHE`` of its own, since the quick searches of one cache exclude each other.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from rich.table import Table
 from lmkan_gen import device as devices
 from lmkan_gen.cli.options import parse_shape
 from lmkan_gen.families import family
-from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Problem
+from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem
 from lmkan_gen.tuner.measure import Timing
 from lmkan_gen.tuner.report import duration
 from lmkan_gen.tuner.run import QUICK_TRIALS, TuningFailed, tune
+from lmkan_gen.tuner.space import explore
 from lmkan_gen.tuner.worker import Worker
 from lmkan_gen.tuning_file import Entry
 
@@ -32,6 +35,9 @@ def main(
     shape: Annotated[
         str, typer.Option(metavar="IN,OUT,GRIDS,BATCH", help="The layer call.")
     ] = "512,512,18,65536",
+    operation: Annotated[
+        list[Operation] | None, typer.Option(help="Repeatable; by default all of a layer call.")
+    ] = None,
     quick: Annotated[int, typer.Option(min=1, help="Candidates of the quick search.")] = QUICK_TRIALS,
     long: Annotated[
         int, typer.Option(min=0, help="Candidates of the long search; 0: the quick one again.")
@@ -48,10 +54,12 @@ def main(
     where = torch.device(device)
     layer = parse_shape(shape)
     table = Table(title=f"{devices.of(where).name}, {layer}")
-    for heading in ("operation", "quick", "took", "tried", "other", "took", "tried", "quick / other"):
+    for heading in ("operation", "quick", "took", "tried", "other", "took", "tried", "of", "quick / other"):
         table.add_column(heading, justify="right")
-    for operation in CALL_OPERATIONS:
-        problem = Problem(operation, layer, devices.of(where))
+    for asked in dict.fromkeys(operation or CALL_OPERATIONS):
+        problem = Problem(asked, layer, devices.of(where))
+        count = len(explore(problem).feasible)
+        typer.echo(f"{asked}: {count} candidates that can run")
         try:
             one, one_s = _search(problem, where, quick)
             url = None if storage is None else str(storage)
@@ -60,17 +68,29 @@ def main(
             typer.echo(str(error), err=True)
             continue
         a, b = _in_turns(problem, where, one, two)
+        ratio = f"{a.median / b.median:.3f}"
+        # a run that is stopped must not lose what it has found
+        typer.echo(
+            f"{asked}: {_described(one, a)} after {one.search.tried} in {one_s:.0f} s, "
+            f"the other {_described(two, b)} after {two.search.tried} of {count} in {two_s:.0f} s: {ratio}"
+        )
         table.add_row(
-            operation,
+            asked,
             duration(a.median),
             f"{one_s:.0f} s",
             str(one.search.tried),
             duration(b.median),
             f"{two_s:.0f} s",
             str(two.search.tried),
-            f"{a.median / b.median:.3f}",
+            str(count),
+            ratio,
         )
     Console().print(table)
+
+
+def _described(entry: Entry, timing: Timing) -> str:
+    settings = ", ".join(f"{name}={value}" for name, value in sorted(entry.parameters.items()))
+    return f"{duration(timing.median)} ({entry.family}: {settings})"
 
 
 def _search(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,23 @@ def test_skew_sees_wrong_gradients() -> None:
             assert error({**b, name: wrong}) > 5e-4
             wrong.view(-1)[0] = torch.nan
             assert error({**b, name: wrong}) == math.inf
+
+
+def test_tuning_on_a_cpu(tmp_path: Path) -> None:
+    journal = tmp_path / "all.journal"
+    options = ["--device", "cpu", "--shape", "8,6,5,64", "--quick", "1", "--long", "2"]
+    done = run("tuning", *options, "--operation", "grad_input", "--storage", str(journal))
+    assert done.returncode == 0, done.stderr
+    space, compared, *_ = done.stdout.splitlines()
+    found = re.fullmatch(r"grad_input: (\d+) candidates that can run", space)
+    assert found
+    assert re.fullmatch(
+        rf"grad_input: .* \(row_vector: .*\) after 1 in \d+ s, "
+        rf"the other .* \(row_vector: .*\) after 2 of {found[1]} in \d+ s: \d+\.\d+",
+        compared,
+    )
+    assert "forward" not in done.stdout
+    assert journal.exists()
 
 
 @pytest.mark.parametrize("script", ["layers", "training", "skew"])
