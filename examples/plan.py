@@ -23,6 +23,8 @@ from lmkan_gen.model_tuning import layer_shapes
 from lmkan_gen.problem import TableDtype
 
 HIDDEN_LAYERS = 2
+#: how far apart the random numbers of two draws start. Generators on CPUs look at 32 bits only
+DRAW = 2**20
 
 
 class Task(ABC):
@@ -32,11 +34,13 @@ class Task(ABC):
         inputs: of the models.
         error_name: for tables and pictures.
         title: of the picture.
+        seed: draws other initial values.
     """
 
     inputs: int
     error_name: str
     title: str
+    seed: int = 0
 
     @property
     @abstractmethod
@@ -139,7 +143,7 @@ def _fit(
     task: Task, name: str, width: int, path: Path, progress: Callable[[int], Iterable[int]] = range
 ) -> float:
     """Train one model and save it; return the seconds."""
-    torch.manual_seed(width)
+    torch.manual_seed(width + task.seed * DRAW)
     model = task.build(name, width)
     start = time.perf_counter()
     with tf32(False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import itertools
 import math
 import subprocess
 import sys
@@ -220,6 +221,39 @@ def test_inputs_are_drawn_again_and_labels_kept(tmp_path: Path) -> None:
     torch.testing.assert_close(y, (target(x).detach() - values.mean()) / values.std(), rtol=1e-4, atol=1e-4)
     # of another length, or for other inputs: made anew
     assert len(Samples(preset, 2, tmp_path / "labels.pt").labels) == 2
+
+
+def test_another_seed_draws_everything_anew(tmp_path: Path) -> None:
+    preset = dataclasses.replace(PRESETS["quick"], batch=16, label_batches=3, test_batches=2)
+    kept, other = (Samples(preset, 3, tmp_path / f"{seed}.pt", seed=seed) for seed in (0, 1))
+    drawn = [x for samples in (kept, other) for x, _ in itertools.islice(samples.batches(), 3)]
+    drawn += [*kept.test[0].split(16), *other.test[0].split(16)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+    x, _ = kept.test
+    assert not torch.allclose(network(preset, 0)(x), network(preset, 1)(x))
+
+
+def test_seeds_have_their_own_results(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "examples.function_approximation", "--steps", "20"]
+    command += ["--output", str(tmp_path), "--only", "MLP-16"]
+    for seed in ("0", "1"):
+        done = subprocess.run(
+            [*command, "--seed", seed], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    directories = (tmp_path, tmp_path / "seed-1")
+    first, second = (Results(directory / "results.csv").rows[0].error for directory in directories)
+    assert first != second
+    states = [
+        torch.load(directory / "models" / "MLP-16.pt", weights_only=True)["model"]
+        for directory in directories
+    ]
+    # 20 steps go nowhere near: what is left is mostly the initial values
+    assert not any(torch.allclose(a, b, atol=0.1) for a, b in zip(*map(weights, states), strict=True))
+
+
+def weights(state: dict[str, Tensor]) -> list[Tensor]:
+    return [values for values in state.values() if values.ndim == 2]
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])

@@ -7,7 +7,8 @@ The setting is the paper's: the target is a random tanh network of 10 layers of 
 times as large as usual, inputs are normal, and the error is the mean squared error in units of the
 target's variance. All models see the same samples, each once. They are labelled once, in TF32 on GPUs, and
 kept in ``labels.pt`` (labels only: inputs are drawn anew from their batch's number). Finished models are kept
-too; run again to go on.
+too; run again to go on. ``--seed`` draws everything anew, into a directory of its own, which shows the spread
+over draws.
 """
 
 from __future__ import annotations
@@ -32,12 +33,18 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Such as lmKAN-32; repeatable.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Models to train at a time.")] = 1,
     graph: Annotated[bool, typer.Option(help="Train by replaying CUDA graphs, on GPUs.")] = True,
+    seed: Annotated[
+        int, typer.Option(min=0, max=999, help="Draws another target, other samples and initial values.")
+    ] = 0,
 ) -> None:
     """Fit a random deep network with lmKANs and MLPs of several widths."""
     chosen, console = PRESETS[preset], Console()
     directory = output or Path("results") / f"function_approximation-{preset}"
+    if seed:
+        directory /= f"seed-{seed}"  # models of another target are no results of this one
     plan = [(LMKAN, w) for w in chosen.lmkan_widths] + [(MLP, w) for w in chosen.mlp_widths]
-    task = FunctionApproximation(chosen, directory, steps or chosen.steps, learning_rate, hessian, graph)
+    steps = steps or chosen.steps
+    task = FunctionApproximation(chosen, directory, steps, learning_rate, hessian, graph, seed)
     task.prepare(console)
     compare(task, choose(plan, only or ()), directory, jobs, console)
     console.print(f"{directory}: results.csv, pareto.png, summary.txt")

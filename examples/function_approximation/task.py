@@ -21,11 +21,10 @@ from examples.comparison import (
     standard_scale,
     tf32,
 )
-from examples.plan import Task
+from examples.plan import DRAW, Task
 from examples.training import train
 
 INPUTS = 32
-SEED = 0
 #: test batches have numbers that no training batch has
 _FIRST_TEST_BATCH = 2**30
 _TEST_BATCH = 8192
@@ -61,14 +60,19 @@ PRESETS = {
 class Samples:
     """Labelled samples in numbered batches. Inputs are drawn from a batch's number, labels are kept.
 
+    ``seed`` draws another target and other inputs.
+
     Attributes:
         labels: ``[batches, batch, 1]``.
         test: inputs ``[samples, 32]`` and labels ``[samples, 1]``.
     """
 
-    def __init__(self, preset: Preset, steps: int, path: Path, console: Console | None = None) -> None:
+    def __init__(
+        self, preset: Preset, steps: int, path: Path, console: Console | None = None, seed: int = 0
+    ) -> None:
         """Read labels for so many steps from ``path``, or make them and write them there."""
         self._preset = preset
+        self._seed = seed
         self._device = best_device()
         self._generator = torch.Generator(self._device)
         numbers = range(_FIRST_TEST_BATCH, _FIRST_TEST_BATCH + preset.test_batches)
@@ -91,7 +95,7 @@ class Samples:
 
     def inputs(self, number: int) -> Tensor:
         """Of a batch: ``[batch, 32]``."""
-        self._generator.manual_seed(number)
+        self._generator.manual_seed(number + self._seed * DRAW)
         return torch.randn(self._preset.batch, INPUTS, device=self._device, generator=self._generator)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -102,7 +106,7 @@ class Samples:
 
     @torch.no_grad()
     def _label(self, batches: int, test_x: Tensor, console: Console | None) -> dict[str, Tensor]:
-        target = network(self._preset).to(self._device)
+        target = network(self._preset, self._seed).to(self._device)
         labels = torch.empty(batches, self._preset.batch, 1, device=self._device)
         numbers: Iterable[int] = range(batches)
         # off by 4e-6 of the variance (emulated), and the same function for training and test
@@ -114,9 +118,9 @@ class Samples:
         return {"labels": (labels - mean) / scale, "test_labels": (test_y - mean) / scale}
 
 
-def network(preset: Preset) -> nn.Sequential:
+def network(preset: Preset, seed: int = 0) -> nn.Sequential:
     """The target: a random tanh network."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise((INPUTS, *(preset.units,) * preset.depth)):
         layers += [_scaled(nn.Linear(inputs, outputs)), nn.Tanh()]
@@ -139,6 +143,7 @@ class FunctionApproximation(Task):
     learning_rate: float
     hessian: float
     graph: bool
+    seed: int = 0
 
     inputs = INPUTS
     error_name = "mean squared error"
@@ -156,7 +161,7 @@ class FunctionApproximation(Task):
 
     def prepare(self, console: Console) -> None:
         """Make the labels, so that no two processes do."""
-        Samples(self.preset, self.steps, self._labels, console)
+        Samples(self.preset, self.steps, self._labels, console, self.seed)
 
     @property
     def _labels(self) -> Path:
@@ -164,7 +169,7 @@ class FunctionApproximation(Task):
 
     @cached_property
     def _samples(self) -> Samples:
-        return Samples(self.preset, self.steps, self._labels)
+        return Samples(self.preset, self.steps, self._labels, seed=self.seed)
 
     @property
     def grids(self) -> int:
