@@ -25,6 +25,7 @@ from lmkan_gen.tuner.measure import Timing
 from lmkan_gen.tuner.report import duration
 from lmkan_gen.tuner.run import QUICK_TRIALS, TuningFailed, tune
 from lmkan_gen.tuner.space import explore
+from lmkan_gen.tuner.study import size
 from lmkan_gen.tuner.worker import Worker
 from lmkan_gen.tuning_file import Entry
 
@@ -58,8 +59,8 @@ def main(
         table.add_column(heading, justify="right")
     for asked in dict.fromkeys(operation or CALL_OPERATIONS):
         problem = Problem(asked, layer, devices.of(where))
-        count = len(explore(problem).feasible)
-        typer.echo(f"{asked}: {count} candidates that can run")
+        count = size(explore(problem))
+        typer.echo(f"{asked}: {count} candidates")
         try:
             one, one_s = _search(problem, where, quick)
             url = None if storage is None else str(storage)

@@ -53,10 +53,7 @@ class Study:
     """
 
     def __init__(self, space: Space, trials: int, storage: BaseStorage, *, shared: bool = False) -> None:
-        # choices must be the same on all machines, whatever seeds they know
-        searched = [*space.feasible[: space.count], *([space.default] if space.default else [])]
-        self._choices = _choices(searched)
-        possible = [c for c in space.feasible if _is_within(c, self._choices)]
+        self._choices, possible = _searched(space)
         self._feasible = frozenset(possible)
         self._pending: dict[Candidate, Trial] = {}
         #: candidates that other processes are at
@@ -252,6 +249,11 @@ class Study:
         self._finish(trial, known or Rejected("infeasible", "not to be tried"))
 
 
+def size(space: Space) -> int:
+    """How many candidates an exhaustive search of ``space`` tries."""
+    return len(_searched(space)[1])
+
+
 def study_name(space: Space) -> str:
     """Of the study that searches ``space``: the same wherever it is the same search."""
     problem = space.problem
@@ -300,6 +302,13 @@ def _result(trial: FrozenTrial) -> Timing | Rejected | None:
     if _MESSAGE in attributes:
         return Rejected(attributes[_REASON], attributes[_MESSAGE])
     return None
+
+
+def _searched(space: Space) -> tuple[Choices, list[Candidate]]:
+    """The values that parameters take, and what may be suggested: of the seeds, only those made of them."""
+    # choices must be the same on all machines, whatever seeds they know
+    choices = _choices([*space.feasible[: space.count], *([space.default] if space.default else [])])
+    return choices, [c for c in space.feasible if _is_within(c, choices)]
 
 
 def _is_within(candidate: Candidate, choices: Choices) -> bool:
