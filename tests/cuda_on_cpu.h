@@ -6,6 +6,7 @@
 #include <csignal>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <random>
@@ -134,6 +135,13 @@ inline unsigned __reduce_or_sync(unsigned, unsigned mine) {
     for (int lane = 0; lane < 32; ++lane) all |= from_lane(mine, lane);
     return all;
 }
+inline bool __any_sync(unsigned, int set) { return __ballot_sync(0xffffffffu, set) != 0; }
+template <typename T> T __reduce_max_sync(unsigned, T mine) {
+    T most = mine;
+    for (int lane = 0; lane < 32; ++lane) most = max(most, from_lane(mine, lane));
+    return most;
+}
+inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 
 template <typename T> T atomicAdd(T* address, T value) { return std::atomic_ref<T>(*address).fetch_add(value); }
@@ -150,11 +158,40 @@ inline int __byte_perm(unsigned a, unsigned b, unsigned selector) {
     for (int k = 0; k < 4; ++k) result |= unsigned(both >> 8 * (selector >> 4 * k & 7) & 0xff) << 8 * k;
     return int(result);
 }
-// Asynchronous copies are made at once.
+// A thread's asynchronous copies are made when it waits for them, which is the latest that they could be.
+struct Copies {
+    struct Copy {
+        unsigned target;
+        const void* source;
+        int bytes, size;
+    };
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> groups;
+
+    static void make(const std::vector<Copy>& copies) {
+        for (const Copy& c : copies) {
+            std::memset(shared_memory + c.target, 0, c.size);
+            std::memcpy(shared_memory + c.target, c.source, c.bytes);
+        }
+    }
+    void commit() {
+        groups.push_back(std::move(open));
+        open.clear();
+    }
+    void wait(size_t pending) {
+        for (; groups.size() > pending; groups.pop_front()) make(groups.front());
+    }
+    void wait_all() {
+        wait(0);
+        make(open);
+        open.clear();
+    }
+};
+std::vector<Copies> copies_of_block;
+inline Copies& copies_of_thread() { return copies_of_block[threadIdx.x]; }
 inline void copy_or_clear(unsigned target, const void* source, int bytes, int size) {
     if (target % size || bytes && reinterpret_cast<uintptr_t>(source) % size) __builtin_trap();  // a misaligned address
-    std::memset(shared_memory + target, 0, size);
-    std::memcpy(shared_memory + target, source, bytes);
+    copies_of_thread().open.push_back({target, source, bytes, size});
 }
 
 // Elements of a tensor core's registers.
@@ -195,6 +232,19 @@ template <int PACK, typename Part> void warp_product(float (&c)[4], const unsign
         }
     }
     warp.barrier.wait();
+}
+// Four matrices of 8 x 8 halves in shared memory, whose rows lanes give the addresses of.
+inline void rows_of_matrices(unsigned (&to)[4], unsigned address, bool transposed) {
+    if (address % 16) __builtin_trap();  // a misaligned address
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    for (int matrix = 0; matrix < 4; ++matrix) {
+        uint16_t two[2];
+        for (int k = 0; k < 2; ++k) {
+            const int row = transposed ? 2 * t + k : g, column = transposed ? g : 2 * t + k;
+            std::memcpy(two + k, shared_memory + from_lane(address, 8 * matrix + row) + 2 * column, 2);
+        }
+        to[matrix] = two[0] | unsigned(two[1]) << 16;
+    }
 }
 inline int dot2(int weights, int corners, int first, int sum) {  // two 16-bit weights, bytes from the first one on
     for (int k = 0; k < 2; ++k) sum += int16_t(weights >> 16 * k) * int8_t(corners >> 8 * (first + k));
@@ -253,6 +303,7 @@ template <typename Kernel> void launch(const unsigned* grid, unsigned threads, u
         blockIdx = block;
         block_barrier = {threads};
         warps_of_block.assign((threads + 31) / 32, Warp{});
+        copies_of_block.assign(threads, {});
         for (Thread& thread : threads_of_block) {
             getcontext(&thread.context);
             thread.context.uc_stack.ss_sp = thread.stack.get();

@@ -1,7 +1,7 @@
 """CUDA kernels run on the CPU, thread by thread: their results are checked where there is no GPU.
 
 Instructions that sources name in assembly are put in C++; of those that narrow 16-bit tables need there are
-only those of tensor cores. Asynchronous copies are made at once: whether they are waited for does not show.
+only those of tensor cores. Asynchronous copies are made when they are waited for, bulk copies at once.
 """
 
 from __future__ import annotations
@@ -44,14 +44,19 @@ _INSTRUCTIONS = {
     "ld.shared.v": "value = *reinterpret_cast<const Words*>(shared_memory + address);",
     "ld.global.v2.f32": "value = *address;",
     "ld.global.f32": "value = *address;",
-    "cp.async.wait_all": ";",
-    "cp.async.wait_group": ";",
-    "cp.async.commit_group": ";",
+    "cp.async.wait_all": "copies_of_thread().wait_all();",
+    "cp.async.wait_group": "copies_of_thread().wait(PENDING);",
+    "cp.async.commit_group": "copies_of_thread().commit();",
     "cp.async.cg.shared.global.L2": "copy_or_clear(target, source, bytes, 16);",
     "cp.async.ca.shared.global [%0], [%1], 4,": "copy_or_clear(target, source, bytes, 4);",
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32": "warp_product<1>(c, a, b0, b1, part_in_tf32);",
     "mma.sync.aligned.m16n8k16.row.col.f32.f16": "warp_product<2>(c, a, b0, b1, part_in_half);",
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16": "warp_product<2>(c, a, b0, b1, part_in_bfloat);",
+    ".reg .b16 l, h; mov.b32 { l, h }, %1; cvt.f32.f16 %0, l;": "v = part_in_half(w, 0);",
+    ".reg .b16 l, h; mov.b32 { l, h }, %1; cvt.f32.f16 %0, h;": "v = part_in_half(w, 1);",
+    "cvt.rn.f16.f32": "rounded = in_half(v);",
+    "cvt.rn.bf16.f32": "rounded = in_bfloat(v);",
+    "cvt.f32.f16": "f = part_in_half(v, 0);",
     "cvt.rn.f16x2.f32": "both = unsigned(in_half(second)) << 16 | in_half(first);",
     "cvt.rn.bf16x2.f32": "both = unsigned(in_bfloat(second)) << 16 | in_bfloat(first);",
     "fence.mbarrier_init": ";",
@@ -62,12 +67,18 @@ _INSTRUCTIONS = {
         "std::memcpy(shared_memory + tables + into * kStageBytes, from, kFilledBytes); arrive_at(barrier);"
     ),
     # the first word of mbarrier.try_wait
-    ".reg": "done = (arrivals_of(barrier).phase & 1) != phase; if (!done) end_turn();",
+    ".reg .pred": "done = (arrivals_of(barrier).phase & 1) != phase; if (!done) end_turn();",
     "cp.async": (
         "std::memcpy(std::memset(shared_memory + target + 4 * kCopy * k, 0, 4 * kCopy), source, bytes);"
     ),
     "griddepcontrol.launch_dependents": ";",
     "griddepcontrol.wait": "wait_for_earlier_kernels();",
+    "ldmatrix.sync.aligned.m8n8.x4.shared": "rows_of_matrices(to, address, false);",
+    "ldmatrix.sync.aligned.m8n8.x4.trans": "rows_of_matrices(to, address, true);",
+    "red.relaxed.gpu.global.add.v4.f32": (
+        "add_global(target, a), add_global(target + 1, b), "
+        "add_global(target + 2, c), add_global(target + 3, d);"
+    ),
     "red.global.add.v4.f32": (
         "for (int j = k; j < k + 4; ++j) std::atomic_ref<float>(target[offset_of(j)]).fetch_add(values[j]);"
     ),
