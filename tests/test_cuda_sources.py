@@ -5,6 +5,7 @@ No GPU is needed. Candidates come from the families themselves, so a new one is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -34,6 +35,9 @@ SHAPES = (
 #: random candidates of each family, operation and shape to choose from, and how many are taken anyway
 POOL, TAKEN = 100, 1
 SHIPPED = [p for p in sorted(resource_directory("tuning").glob("*.yaml")) if "arch: sm_" in p.read_text()]
+
+#: the first of the two predicates that it writes is one that can be read
+CLAMP_WITH_PREDICATE = re.compile(r"VIMNMX\S*\.RELU\S* +\w+, +P[0-6],")
 
 #: an outcome of a condition in a template (file, line, number of the condition, outcome), or a
 #: parameter with its value
@@ -145,6 +149,19 @@ def check_no_spills(binaries: Mapping[KernelSpec, toolchain.Binary]) -> None:
     assert not spilling, "\n".join(spilling)
 
 
+def check_no_wrong_clamps(binaries: Mapping[KernelSpec, toolchain.Binary]) -> None:
+    """Nothing depends on the predicate of a VIMNMX.RELU.
+
+    ptxas 13.0 takes it for whether ``max(0, min(i, c))`` equals ``c``, which an H200 showed to be wrong.
+    """
+    wrong = [
+        f"{spec.template} for {spec.arch} with {', '.join(f'{k}={v}' for k, v in spec.constants)}"
+        for spec, binary in binaries.items()
+        if int(spec.arch.removeprefix("sm_")) >= 90 and CLAMP_WITH_PREDICATE.search(toolchain.sass(binary))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_nothing_is_left_out() -> None:
     """Each named value of a parameter, and each condition of a template both ways, on some architecture."""
     seen = {feature for arch in CUDA_ARCHITECTURES for feature in select(arch).features}
@@ -168,6 +185,7 @@ def test_every_variant_compiles_and_defaults_do_not_spill(arch: str) -> None:
     selected = select(arch)
     binaries = build(selected.defaults | selected.others)
     check_no_spills({spec: binaries[spec] for spec in selected.defaults})
+    check_no_wrong_clamps(binaries)
 
 
 @pytest.mark.slow
@@ -180,4 +198,12 @@ def test_shipped_choices_compile_and_do_not_spill(path: Path) -> None:
         chosen, ordered = family_called(entry.family), replace(problem, deterministic=True)
         if not chosen.violations(ordered, entry.parameters):
             specs.add(chosen.spec(ordered, entry.parameters))
-    check_no_spills(build(specs))
+    binaries = build(specs)
+    check_no_spills(binaries)
+    check_no_wrong_clamps(binaries)
+
+
+def test_clamps_with_predicates_are_recognised() -> None:
+    """In what nvdisasm makes of a comparison with the last cell's number, and of an ordinary clamp."""
+    assert CLAMP_WITH_PREDICATE.search("/*0150*/                   VIMNMX.RELU R4, P2, P2, R8, 0x3, PT ;")
+    assert not CLAMP_WITH_PREDICATE.search("/*01d0*/                   VIMNMX.RELU R5, PT, PT, R8, 0x3, PT ;")
