@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lmkan_gen import device as devices
 from lmkan_gen import packing, selection
 from lmkan_gen.device import models, target
 from lmkan_gen.families import family
@@ -25,6 +26,12 @@ CPU = torch.device("cpu")
 FORWARD, GRAD_INPUT, GRAD_TABLE = Operation.FORWARD, Operation.GRAD_INPUT, Operation.GRAD_TABLE
 FLOAT32, FLOAT16, BFLOAT16 = TableDtype.FLOAT32, TableDtype.FLOAT16, TableDtype.BFLOAT16
 WIDE = LayerShape(4096, 4096, 4, 64)
+#: what GPUs are tried with
+VARIANTS: dict[Operation, list[tuple[int, ...]]] = {
+    FORWARD: [(64, 8, 2, 32, 128, 6), (32, 4, 1, 16, 64, 3), (128, 4, 1, 16, 32, 4), (64, 16, 1, 16, 64, 8)],
+    GRAD_INPUT: [(352, 64, 12, 3), (64, 32, 4, 6), (128, 64, 8, 4)],
+    GRAD_TABLE: [(256, 64, 16, 2), (64, 32, 4, 1), (128, 128, 4, 1)],
+}
 
 #: operation, table, parameters in the order of the space, shape
 EMULATED: list[tuple[Operation, TableDtype, tuple[int, ...], tuple[int, int, int, int]]] = [
@@ -132,6 +139,46 @@ def test_far_samples_keep_their_weights(directory: Path, table: TableDtype) -> N
         assert difference <= limit, sample
 
 
+@pytest.mark.parametrize("operation", [FORWARD, GRAD_INPUT])
+def test_magnitudes_do_not_matter(directory: Path, operation: Operation) -> None:
+    """Float32 numbers are two of float16, which has 5 bits of exponent: powers of two change no other bit."""
+    _, _, values, sizes = next(e for e in EMULATED if e[0] is operation)
+    asked = problem(operation, FLOAT32, LayerShape(*sizes))
+    inputs = make_inputs(operation, asked.shape, CPU, seed=7, spread=2.0)
+    name, shape = ("y", (sizes[1], sizes[3])) if operation is FORWARD else ("grad_x", (sizes[0], sizes[3]))
+    results = []
+    for power in (0, 60, -60):
+        factors = {"table": 2.0**power, "grad": 2.0 ** (-power // 2)}
+        scaled = {n: t * factors.get(n, 1.0) for n, t in inputs.items()}
+        found = torch.full(shape, torch.nan)
+        emulate(asked, named(operation, values), directory)({**scaled, name: found})
+        both = factors["table"] * (factors["grad"] if operation is GRAD_INPUT else 1.0)
+        results.append(found / both)
+    assert results[0].equal(results[1])
+    assert results[0].equal(results[2])
+
+
+@pytest.mark.parametrize("operation", [FORWARD, GRAD_INPUT])
+def test_magnitudes_may_vary(directory: Path, operation: Operation) -> None:
+    """From pair to pair, from knot to knot, from output to output and from sample to sample."""
+    _, _, values, sizes = next(e for e in EMULATED if e[0] is operation)
+    asked = problem(operation, FLOAT32, LayerShape(*sizes))
+    inputs = make_inputs(operation, asked.shape, CPU, seed=8, spread=1.0)
+    torch.manual_seed(8)
+    table = inputs["table"]
+    table *= 10.0 ** torch.empty(table.shape[0], 1, 1, 1).uniform_(-3, 3)
+    table *= 10.0 ** torch.empty(table.shape[3]).uniform_(-3, 3)
+    if "grad" in inputs:
+        inputs["grad"] *= 10.0 ** torch.empty(sizes[3]).uniform_(-15, 15)
+    else:
+        table *= 10.0 ** torch.empty(sizes[1], 1).uniform_(-1, 1)
+    ((name, expected),) = layouts.right(operation, inputs).items()
+    found = torch.full(expected.shape, torch.nan)
+    emulate(asked, named(operation, values), directory)({**inputs, name: found})
+    error = (found.double() - expected).abs().amax(0) / expected.abs().amax(0)
+    assert error.max() <= 5e-6  # of each sample by itself
+
+
 def test_edges_of_cells(directory: Path) -> None:
     """On the knots, next to them, and beyond the outermost ones."""
     asked = problem(FORWARD, FLOAT32, LayerShape(2, 5, 4, 33))
@@ -159,8 +206,8 @@ def test_chosen_for_wide_layers_on_tiny_grids() -> None:
         parameters = FAMILY.default(usual)
         assert parameters is not None
         assert not FAMILY.wasted(usual, parameters)
-        grids = [s.grid for s in FAMILY.plan(usual, parameters).steps if isinstance(s, Launch)]
-        x, y, z = grids[1]
+        steps = [s for s in FAMILY.plan(usual, parameters).steps if isinstance(s, Launch)]
+        ((x, y, z),) = (s.grid for s in steps if s.kernel == f"lmkan_{operation}")
         assert 120 <= x * y * z <= 264
     # what was tuned for this very shape goes ahead, for another one it does not
     other = problem(GRAD_INPUT, FLOAT32, replace(WIDE, inputs=3000))
@@ -174,7 +221,7 @@ def test_chosen_for_wide_layers_on_tiny_grids() -> None:
 @pytest.mark.parametrize(
     ("operation", "values", "change", "limit"),
     [
-        (GRAD_INPUT, (512, 64, 8, 12), {}, "shared_memory"),
+        (GRAD_TABLE, (352, 128, 8, 1), {}, "shared_memory"),
         (GRAD_INPUT, (64, 64, 16, 3), {}, "registers"),
         (GRAD_TABLE, (64, 128, 4, 4), {}, "registers"),
         (FORWARD, (64, 4, 2, 32, 32, 3), {}, "wasted"),
@@ -207,3 +254,40 @@ def test_wasted_candidates_are_not_tried() -> None:
     assert FAMILY.wasted(
         problem(FORWARD, FLOAT32, replace(WIDE, inputs=64)), named(FORWARD, (64, 8, 2, 16, 512, 4))
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.parametrize(
+    ("operation", "table"),
+    [
+        (FORWARD, FLOAT32),
+        (FORWARD, FLOAT16),
+        (FORWARD, BFLOAT16),
+        (GRAD_INPUT, FLOAT32),
+        (GRAD_TABLE, FLOAT32),
+    ],
+)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        LayerShape(333, 130, 3, 70),
+        LayerShape(640, 700, 4, 64),
+        LayerShape(64, 64, 9, 200),
+        LayerShape(1024, 512, 6, 33),
+    ],
+)
+def test_right(operation: Operation, table: TableDtype, shape: LayerShape) -> None:
+    from lmkan_gen.launch import cuda
+
+    device = torch.device("cuda", 0)
+    asked = Problem(operation, shape, devices.cuda(0), table)
+    case = make_case(operation, shape, device, 1.5, 256, table)
+    for values in VARIANTS[operation]:
+        parameters = named(operation, values)
+        if FAMILY.violations(asked, parameters):
+            continue
+        plan = FAMILY.plan(asked, parameters)
+        run = cuda.prepare(FAMILY.spec(asked, parameters), plan, device)
+        forms = packing.arranged(case.inputs, plan.buffers, table)
+        replace(case, inputs=forms).check(run, f"{parameters}")

@@ -10,11 +10,12 @@ from itertools import product
 
 from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Family, Parameters, Violation
-from lmkan_gen.plan import Argument, Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
+from lmkan_gen.plan import Argument, Constant, Fill, KernelSpec, Launch, LaunchPlan, Workspace, strides
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
 _STEP = 16  # pairs, or outputs, of a piece of a table
 _PAD = 32  # pairs are located up to a multiple of it
+_LOCATED = 4  # pairs of a thread that locates
 _MAX_GRID = 65535  # blocks along the second and third axis
 _MAX_BLOCKS = 2**31 - 1
 _REGISTERS = 65536
@@ -34,8 +35,7 @@ class MatrixProduct(Family):
 
     def computes(self, operation: Operation, table: TableDtype) -> bool:
         """See base class."""
-        narrow = table in (TableDtype.FLOAT16, TableDtype.BFLOAT16) and operation is Operation.FORWARD
-        return operation in self.operations and (table is TableDtype.FLOAT32 or narrow)
+        return operation in self.operations and table is not TableDtype.INT8
 
     def space(self, operation: Operation) -> Mapping[str, tuple[Constant, ...]]:
         """See base class.
@@ -70,7 +70,7 @@ class MatrixProduct(Family):
         outs = int(parameters["outs"])
         if problem.operation is Operation.GRAD_TABLE:
             return 8 * outs * samples
-        return 4 * (2 * outs * samples + warps * int(parameters["stages"]) * _STEP * _STEP)
+        return 4 * (outs * samples + warps * int(parameters["stages"]) * _STEP * _STEP)
 
     @staticmethod
     def _registers(problem: Problem, parameters: Parameters) -> int:
@@ -126,10 +126,10 @@ class MatrixProduct(Family):
         summed = widest * _batch_tiles(problem, parameters) * int(parameters["samples"])
         if -(-summed // _THREADS) > _MAX_BLOCKS:
             found.append(Violation("grid", f"samples x outputs or inputs exceed {_MAX_BLOCKS} blocks"))
-        if (planes := self._planes(problem, parameters)) > problem.workspace:
-            found.append(
-                Violation("workspace", f"partial sums need {planes} bytes, the limit is {problem.workspace}")
-            )
+        scratch = self._planes(problem, parameters) + self._weights(problem, parameters)
+        if scratch > problem.workspace:
+            why = f"weights and partial sums need {scratch} bytes, the limit is {problem.workspace}"
+            found.append(Violation("workspace", why))
         return found
 
     def wasted(self, problem: Problem, parameters: Parameters) -> bool:
@@ -184,7 +184,8 @@ class MatrixProduct(Family):
         constants: dict[str, Constant] = {
             "operation": str(problem.operation),
             "grids": problem.shape.grids,
-            "table": str(problem.table),
+            # gradients of half operands: reading the table as it is takes no longer than to round it
+            "table": str(problem.table if problem.operation is Operation.FORWARD else TableDtype.FLOAT32),
             **{name: parameters[name] for name in self.space(problem.operation) if name != "slice"},
         }
         return KernelSpec.make("matrix_product.cu.j2", problem.device.arch, constants)
@@ -211,31 +212,46 @@ class MatrixProduct(Family):
         size = 4 * problem.shape.outputs if forward else 8 * _padded(problem)
         return self._grid(problem, parameters)[2] * samples * size
 
+    @staticmethod
+    def _weights(problem: Problem, parameters: Parameters) -> int:
+        """Bytes of weights of all samples at all knots, in half precision: of float32 two parts of each."""
+        if problem.operation is not Operation.FORWARD:
+            return 0
+        samples = _batch_tiles(problem, parameters) * int(parameters["samples"])
+        return 4 // lanes.pack(problem) * problem.shape.knots * _padded(problem) * samples
+
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""
         shape, operation = problem.shape, problem.operation
         rows, samples = _padded(problem), _batch_tiles(problem, parameters) * int(parameters["samples"])
         grid = self._grid(problem, parameters)
-        half = problem.table is TableDtype.FLOAT16
-        reach: tuple[str, ...] = ("reach",) if half else ()
-        workspaces = [Workspace("fractions", 8 * rows * samples), Workspace("cells", rows * samples)]
-        if half:
-            workspaces.append(Workspace("reach", 4 * rows // _STEP * samples))
+        arguments: tuple[Argument, ...]
+        steps: list[Fill | Launch] = []
+        workspaces: list[Workspace] = []
+        inputs: tuple[Argument, ...] = (shape.inputs, shape.batch, rows)
+        if operation is Operation.FORWARD:
+            # bfloat16 has room for any weight
+            scales: tuple[str, ...] = () if problem.table is TableDtype.BFLOAT16 else ("scales",)
+            located: tuple[str, ...] = ("weights", *scales)
+            workspaces.append(Workspace("weights", self._weights(problem, parameters)))
+            workspaces.extend(Workspace(name, 4 * samples * grid[2]) for name in scales)
+            made = (*inputs, int(parameters["slice"]), *strides("x"))
+            blocks = (samples // _STEP, rows // int(parameters["pairs"]), 1)
+            steps.append(Launch("lmkan_make_weights", ("x", "borders", *located, *made), blocks, _THREADS))
+        else:
+            located = ("fractions", "cells")
+            workspaces += [Workspace("fractions", 8 * rows * samples), Workspace("cells", rows * samples)]
+            jobs = rows // _LOCATED * (samples // lanes.WARP)
+            blocks = (-(-jobs // (_THREADS // lanes.WARP)), 1, 1)
+            arguments = ("x", "borders", *located, *inputs, *strides("x"))
+            steps.append(Launch("lmkan_locate", arguments, blocks, _THREADS))
         if operation is not Operation.GRAD_TABLE:
             workspaces.append(Workspace("planes", self._planes(problem, parameters)))
-        located = ("fractions", "cells", *reach)
-        jobs = rows // _STEP * (samples // lanes.WARP)
-        arguments: tuple[Argument, ...] = (
-            "x", "borders", *located, shape.inputs, shape.batch, rows, *strides("x"),
-        )  # fmt: skip
-        blocks = (-(-jobs // (_THREADS // lanes.WARP)), 1, 1)
-        steps = [Launch("lmkan_locate", arguments, blocks, _THREADS)]
         # parts are as even as pieces of 16 outputs allow, so that they may be fewer
         parts = grid[1] if operation is Operation.GRAD_TABLE else grid[2]
         part = -(-shape.outputs // (_STEP * parts)) * _STEP
         parts = -(-shape.outputs // part)
         sizes: tuple[Argument, ...] = (shape.pairs, rows, shape.outputs)
-        gradients: tuple[Argument, ...] = (*sizes, shape.batch, part, *strides("grad"))
         summed = 0
         ends: tuple[Argument, ...] = ()
         if operation is Operation.FORWARD:
@@ -244,13 +260,22 @@ class MatrixProduct(Family):
             ends = ("planes", "y", shape.outputs, shape.batch, grid[2])
         elif operation is Operation.GRAD_INPUT:
             grid = (grid[0], grid[1], parts)
-            arguments = ("table", "grad", *located, "planes", *gradients)
+            split = ("gradients", "scales")
+            workspaces += [
+                Workspace("gradients", 4 * parts * part * samples),
+                Workspace("scales", 4 * parts * samples),
+            ]
+            whole = (shape.outputs, shape.batch, part, *strides("grad"))
+            blocks = (samples // _STEP, parts, 1)
+            steps.append(Launch("lmkan_split_gradients", ("grad", *split, *whole), blocks, _THREADS))
+            arguments = ("table", *split, *located, "planes", *sizes, part)
             summed = rows * samples
             of_inputs = (shape.inputs, shape.batch, rows, parts, *strides("grad_x"))
             ends = ("planes", "cells", "borders", "grad_x", *of_inputs)
         else:
             grid = (grid[0], parts, 1)
-            arguments = ("grad", *located, "grad_table", *gradients)
+            of_outputs = (shape.batch, part, *strides("grad"))
+            arguments = ("grad", *located, "grad_table", *sizes, *of_outputs)
         threads = lanes.WARP * int(parameters["warps"])
         shared = self.shared_memory(problem, parameters)
         steps.append(Launch(f"lmkan_{operation}", arguments, grid, threads, shared))
