@@ -1,0 +1,144 @@
+"""Gradients with half operands on tensor cores: samples sorted by cell, cells as matrix products.
+
+See the head of ``templates/cell_product.cu.j2`` for the idea and what bounds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lmkan_gen.families import cells
+from lmkan_gen.families.base import Family, Parameters, Violation
+from lmkan_gen.plan import Constant, KernelSpec, LaunchPlan
+from lmkan_gen.problem import Operation, Problem, TableDtype
+
+_REGISTERS = 65536
+_RESERVED = 1024  # bytes of shared memory of each block: the driver's
+_STEP = 16  # samples
+_FEW = 4096  # samples
+_SEGMENTS = (64, 128, 256, 512, 1024)
+
+
+class CellProduct(Family):
+    """Gradients from float16 and bfloat16 operands; any grid, any width."""
+
+    name = "cell_product"
+    device_kind = "cuda"
+    operations = frozenset({Operation.GRAD_INPUT, Operation.GRAD_TABLE, Operation.BACKWARD})
+    idea = "half operands: samples sorted by cell, a window of cells at a time as products on tensor cores"
+
+    def computes(self, operation: Operation, table: TableDtype) -> bool:
+        """See base class."""
+        return operation in self.operations and table in (TableDtype.FLOAT16, TableDtype.BFLOAT16)
+
+    def space(self, operation: Operation) -> Mapping[str, tuple[Constant, ...]]:
+        """See base class.
+
+        ``items * 1024`` samples are sorted together; warps walk ``segment`` of them for ``32 * vector``
+        outputs each; gradients of 16 samples at a time are copied ``stages - 1`` steps ahead; a
+        multiprocessor holds ``blocks``.
+        """
+        return {
+            "items": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+            "segment": _SEGMENTS,
+            "vector": (1, 2, 4, 8),
+            "stages": (2, 3, 4),
+            "blocks": (1, 2, 3, 4),
+        }
+
+    def preference(self, problem: Problem) -> float:
+        """Before the same without tensor cores; with few samples input gradients by tiles are faster."""
+        few = problem.operation is Operation.GRAD_INPUT and problem.shape.batch < _FEW
+        return -0.5 if few else 1.0
+
+    @staticmethod
+    def _shared_memory(walk: cells.Walk, stages: int) -> int:
+        """Bytes of a walking block: records, slopes, and of each warp the gradients of some steps."""
+        gradients = cells.VALUE_BYTES[walk.problem.table] * cells.WARP * walk.vector * _STEP
+        return walk.walk_memory + walk.warps * stages * gradients
+
+    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        """See base class."""
+        device = problem.device
+        walk, stages, blocks = _values(problem, parameters)
+        if device.compute_capability < 80:
+            why = f"products of half operands need sm_80 or newer, {device.name} is {device.arch}"
+            return [Violation("architecture", why)]
+        found = walk.violations()
+        if walk.ordered:
+            found.append(
+                Violation("deterministic", "segments add to the same coefficients in an order that varies")
+            )
+        if walk.lanes < cells.WARP:
+            found.append(
+                Violation(
+                    "tile",
+                    f"vector={walk.vector} gives a warp {cells.WARP * walk.vector} outputs, "
+                    f"of {problem.shape.outputs} it would have half or less",
+                )
+            )
+        need, most = self._shared_memory(walk, stages), device.shared_memory_per_multiprocessor
+        if need > device.shared_memory_per_block or blocks * (need + _RESERVED) > most:
+            found.append(
+                Violation(
+                    "shared_memory",
+                    f"{blocks} blocks with segment={walk.segment}, vector={walk.vector} and stages={stages} "
+                    f"need {need} bytes of shared memory each, {device.name} has "
+                    f"{device.shared_memory_per_block} per block, {most} in all",
+                )
+            )
+        with_table = problem.operation is not Operation.GRAD_INPUT
+        with_input = problem.operation is not Operation.GRAD_TABLE
+        # sums and coefficients of a window; records, addresses and weights
+        kept = (8 * with_table + 4 * with_input) * walk.vector + 50
+        limit = min(255, _REGISTERS // (blocks * cells.WARP * walk.warps))
+        if kept > limit:
+            found.append(
+                Violation(
+                    "registers",
+                    f"{blocks} blocks leave {limit} registers a thread, vector={walk.vector} needs "
+                    f"about {kept}",
+                )
+            )
+        return found
+
+    def default(self, problem: Problem) -> Parameters | None:
+        """Wide warps, chunks whose gradients stay in cache, segments short enough to fill the device."""
+        shape = problem.shape
+        # finer grids need more samples in a chunk for windows to have a step's worth of them
+        sizes = tuple(s for s in (64, 32, 16, 8, 4, 2, 1) if s <= 16 or 1000 * s < 16 * shape.knots)
+        warps_wanted = 16 * problem.device.multiprocessors
+        for vector in (4, 2, 1):
+            for items in sizes:
+                walk = cells.Walk(problem, items, vector, cells.WARP)
+                runs = shape.pairs * walk.padded // (cells.WARP * vector)
+                samples = min(shape.batch, walk.chunk)
+                enough = [s for s in (512, 256, 128) if runs * -(-samples // s) >= warps_wanted]
+                for segment in (*enough, 64):
+                    parameters = {"items": items, "segment": segment, "vector": vector, "stages": 3}
+                    for blocks in (2, 1):
+                        if not self.violations(problem, parameters | {"blocks": blocks}):
+                            return parameters | {"blocks": blocks}
+        return None
+
+    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+        """See base class."""
+        walk, stages, blocks = _values(problem, parameters)
+        constants = {**walk.constants(), "stages": stages, "blocks": blocks}
+        return KernelSpec.make("cell_product.cu.j2", problem.device.arch, constants)
+
+    def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
+        """See base class."""
+        walk, stages, _ = _values(problem, parameters)
+        return walk.plan(self._shared_memory(walk, stages))
+
+
+def _values(problem: Problem, parameters: Parameters) -> tuple[cells.Walk, int, int]:
+    """The walk, its stages, and blocks of a multiprocessor."""
+    items, vector, segment, stages, blocks = (
+        int(parameters[k]) for k in ("items", "vector", "segment", "stages", "blocks")
+    )
+    return cells.Walk(problem, items, vector, segment), stages, blocks
+
+
+FAMILY = CellProduct()
