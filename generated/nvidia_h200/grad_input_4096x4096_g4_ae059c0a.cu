@@ -5,13 +5,13 @@
 // bilinear weights of sample b at the corners of its cell and zeros at all other knots, everything is a matrix product:
 //     M[k][p][b] = sum over o of T[k][o][p] g[o][b]
 // of which a sample needs the four at the corners of its cell. A block has some outputs, whose gradients it keeps in
-// shared memory; a warp has 16 pairs and 64 samples. It takes one knot after the other, has M[k] in its registers
-// once it has been through all outputs, and adds it to the two slopes of those samples that have k at a corner. So
-// M never is in memory. Warps copy their coefficients by themselves, many ahead. Parts of the outputs are summed in a
-// second kernel.
+// shared memory, as a kernel before this one has split them; a warp has 16 pairs and 64 samples. It takes one knot
+// after the other, has M[k] in its registers once it has been through all outputs, and adds it to the two slopes of those
+// samples that have k at a corner. So M never is in memory. Warps copy their coefficients by themselves, many ahead. Parts
+// of the outputs are summed in another kernel.
 // Moves: the table once; gradients from shared memory, 4 bytes per 16 products; a plane of slopes per part.
-// Computes: 2 (G+1)^2 flops per function and sample, three times: float32 as two TF32 numbers each, without low x low.
-// Bound by tensor cores and device memory alike for 64 samples, by tensor cores for more. Sums have a fixed order.
+// Computes: 2 (G+1)^2 flops per function and sample, three times: float32 as two float16 numbers each, without low x low.
+// Bound by device memory for 64 samples, by tensor cores for more. Sums have a fixed order.
 // Of a coefficient or gradient that is not finite others take notice too: zero times infinity.
 typedef long long index_t;
 
@@ -142,9 +142,9 @@ template <int PENDING> __device__ __forceinline__ void wait_for_groups() {
 }
 
 // c += a b, 16 x 8 results of a warp. With g = lane / 4 and t = lane % 4 a lane holds of the results those of rows g
-// (c[0], c[1]) and g + 8 and columns 2t and 2t + 1, and of both factors, along the sum, the elements t and t + 4.
+// (c[0], c[1]) and g + 8 and columns 2t and 2t + 1, and of both factors, along the sum, the elements 2t, 2t + 1 and 8 behind them.
 __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 { %0, %1, %2, %3 }, { %4, %5, %6, %7 }, { %8, %9 }, { %0, %1, %2, %3 };"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 { %0, %1, %2, %3 }, { %4, %5, %6, %7 }, { %8, %9 }, { %0, %1, %2, %3 };"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -159,13 +159,36 @@ __device__ __forceinline__ void load_four(unsigned* to, const unsigned* from) {
     to[3] = four.w;
 }
 
-// value = high + low with 11 bits of mantissa each (the tensor core ignores further ones of the low part), so that
-// a b = high high + high low + low high up to 2^-21 of it. Rounds by integer arithmetic: cvt.rna.tf32 is four
-// instructions. Of infinities and what is no number the low part becomes NaN, and so all products.
-__device__ __forceinline__ void split(float value, unsigned& high, unsigned& low) {
-    high = (__float_as_uint(value) + 0x1000u) & 0xffffe000u;
-    low = __float_as_uint(value - __uint_as_float(high));
+// Two numbers in float16, the first one in the lower half of the word.
+__device__ __forceinline__ unsigned narrow(float first, float second) {
+    unsigned both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    return both;
 }
+
+__device__ __forceinline__ float lower_half(unsigned w) {
+    float v;
+    asm("{ .reg .b16 l, h; mov.b32 { l, h }, %1; cvt.f32.f16 %0, l; }" : "=f"(v) : "r"(w));
+    return v;
+}
+__device__ __forceinline__ float upper_half(unsigned w) {
+    float v;
+    asm("{ .reg .b16 l, h; mov.b32 { l, h }, %1; cvt.f32.f16 %0, h; }" : "=f"(v) : "r"(w));
+    return v;
+}
+
+// Two values = high + low, with 11 bits of mantissa each, so that a b = high high + high low + low high up to 2^-21 of it.
+// What is less than 2^-14 has fewer: where the largest of some numbers is near 2^14, errors are less than 2^-38 of it.
+__device__ __forceinline__ void split_pair(float first, float second, unsigned& high, unsigned& low) {
+    high = narrow(first, second);
+    low = narrow(first - lower_half(high), second - upper_half(high));
+}
+
+// Numbers of which the largest has `exponent`, as it stands in a float, are scaled by a power of two that takes it to 2^14
+// and more, below 2^15. Smaller ones than 2^-107 are taken for that.
+constexpr int kLeastExponent = 20;
+__device__ __forceinline__ float scale_of(int exponent) { return __int_as_float((268 - exponent) << 23); }
+__device__ __forceinline__ float back_from(int exponent) { return __int_as_float((exponent - 14) << 23); }
 
 // 8 ROWS rows of 16 words of a table, copied into shared memory by one warp: 16 bytes a lane and turn. Of every other
 // pair of rows the halves are exchanged, so that fragments are read without bank conflicts: word w of row r lies at
@@ -210,12 +233,12 @@ lmkan_locate(const float* __restrict__ x, const float* __restrict__ borders, flo
     wait_for_earlier();
     const index_t units = (batch + kSamples - 1) / kSamples * (kSamples / 32);
     const index_t job = blockIdx.x * index_t(8) + threadIdx.x / 32, group = job / units;
-    if (16 * group >= rows) return;
+    if (4 * group >= rows) return;
     const index_t sample = (job - group * units) * 32 + threadIdx.x % 32;
     const index_t tile = sample / kSamples, within = sample - tile * kSamples;
-#pragma unroll 4
-    for (int k = 0; k < 16; ++k) {
-        const index_t pair = 16 * group + k;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const index_t pair = 4 * group + k;
         const float* source = x + 2 * pair * x_row + sample * x_column;
         const float x1 = sample < batch && 2 * pair < inputs ? source[0] : 0.0f;
         const float x2 = sample < batch && 2 * pair + 1 < inputs ? source[x_row] : 0.0f;
@@ -228,62 +251,121 @@ lmkan_locate(const float* __restrict__ x, const float* __restrict__ borders, flo
     }
 }
 
-constexpr int kOuts = 352;            // outputs of a block at most
-constexpr int kLow = kOuts * kSamples;       // from where the high parts of numbers lie to their low parts
-
-// Where the gradient of an output of the block and a sample of the tile lies.
-__device__ __forceinline__ int fragment_of(int out, int sample) {
-    // Of 8 outputs and 16 samples: element t or t + 4 of columns c of two tiles of 8 columns, samples 2 c and 2 c + 1.
-    const int lane = sample % 16 / 2 * 4 + out % 4, element = sample % 2 * 2 + out % 8 / 4;
-    return ((out / 8 * (kSamples / 16) + sample / 16) * 32 + lane) * 4 + element;
-}
-
-// Gradients of one tile of samples and `filled` outputs, split once for all knots and warps; zeros beyond the layer's
-// outputs and the batch.
-__device__ __forceinline__ void load_gradients(unsigned* shared, const float* __restrict__ grad, index_t first, int filled,
-                                               index_t outs, index_t first_sample, index_t batch, index_t row,
-                                               index_t column) {
-    const bool samples_apart = column > row;  // lanes read along whichever axis is closer in memory
-#pragma unroll 4
-    for (int k = threadIdx.x; k < filled * kSamples; k += kThreads) {
-        const int o = samples_apart ? k % filled : k / kSamples, s = samples_apart ? k / filled : k % kSamples;
-        const index_t out = first + o, sample = first_sample + s;
-        unsigned* const to = shared + fragment_of(o, s);
-        split(out < outs && sample < batch ? grad[out * row + sample * column] : 0.0f, to[0], to[kLow]);
-    }
-}
-constexpr int kStages = 3;
+constexpr int kStages = 8;
 constexpr int kStage = 16 * 16;              // floats: 16 outputs of 16 pairs
 
-// A product of 16 pairs with kSamples samples over 8 outputs. Rows of the first factor are pairs; column c of the j-th
+constexpr int kOuts = 352;            // outputs of a block at most
+constexpr int kPiece = 8 * kSamples;         // words: high or low parts of the gradients of 16 outputs
+
+// Gradients as products want them, split once for all knots and warps: [tile][part][16 outputs][high, low][kPiece], zeros
+// beyond the layer's outputs and the batch, a sample's scaled by the power of two that takes the largest of a part near to
+// 2^14. A block has those of 16 samples and a part of the outputs.
+extern "C" __global__ void __launch_bounds__(256)
+lmkan_split_gradients(const float* __restrict__ grad, unsigned* __restrict__ gradients, float* __restrict__ scales, index_t outs,
+                      index_t batch, index_t part, index_t grad_row, index_t grad_column) {
+    let_next_start();
+    constexpr int kFragments = kSamples / 16;
+    __shared__ float largest[16][17], scale[16];
+    const index_t tile = blockIdx.x / kFragments, first_out = blockIdx.y * part, end = min(first_out + part, outs);
+    const int fragment = blockIdx.x % kFragments, chunks = int(part / 16);
+    const auto gradient_of = [&](index_t out, int sample) {
+        const index_t s = blockIdx.x * index_t(16) + sample;
+        return out < end && s < batch ? grad[out * grad_row + s * grad_column] : 0.0f;
+    };
+    // threads read along whichever axis is closer in memory
+    const int low = threadIdx.x % 16, high = threadIdx.x / 16;
+    const int sample = grad_column > grad_row ? high : low, apart = grad_column > grad_row ? low : high;
+    float most = 0.0f;
+#pragma unroll 8
+    for (index_t out = first_out + apart; out < end; out += 16) most = fmaxf(most, fabsf(gradient_of(out, sample)));
+    largest[sample][apart] = most;
+    __syncthreads();
+    if (threadIdx.x < 16) {
+        for (int k = 0; k < 16; ++k) most = fmaxf(most, largest[threadIdx.x][k]);
+        const int exponent = max(kLeastExponent, __float_as_int(most) >> 23);
+        scale[threadIdx.x] = scale_of(exponent);
+        scales[(blockIdx.y * (gridDim.x / kFragments) + tile) * kSamples + fragment * 16 + threadIdx.x] = back_from(exponent);
+    }
+    __syncthreads();
+    // Of 16 outputs a thread splits those of one lane: elements 2t, 2t + 1 and 8 behind them, which are the outputs t, t + 4,
+    // t + 8 and t + 12, of columns c of two tiles of 8 columns, which are the samples 2c and 2c + 1.
+    for (int k = threadIdx.x; k < 32 * chunks; k += 256) {
+        const int lane = k % 32, chunk = k / 32, column = lane / 4 * 2;
+        const index_t out = first_out + 16 * chunk + lane % 4;
+        uint4 of_high, of_low;
+        const auto both = [&](int from, int s, unsigned& h, unsigned& l) {
+            const float by = scale[column + s];
+            split_pair(by * gradient_of(out + from, column + s), by * gradient_of(out + from + 4, column + s), h, l);
+        };
+        both(0, 0, of_high.x, of_low.x);
+        both(8, 0, of_high.y, of_low.y);
+        both(0, 1, of_high.z, of_low.z);
+        both(8, 1, of_high.w, of_low.w);
+        unsigned* const to = gradients + ((tile * gridDim.y + blockIdx.y) * chunks + chunk) * (2 * kPiece) + (32 * fragment + lane) * 4;
+        *reinterpret_cast<uint4*>(to) = of_high;
+        *reinterpret_cast<uint4*>(to + kPiece) = of_low;
+    }
+    end_after_earlier();
+}
+
+// Sums of a knot, and the exponent of the largest coefficients in them, by which they are scaled.
+struct Sums {
+    float scaled[kColumns][4];
+    int exponent;
+
+    // Makes `largest` of a stage fit.
+    __device__ __forceinline__ void fit(float largest) {
+        const int found = int(__reduce_max_sync(0xffffffffu, __float_as_uint(largest)) >> 23);
+        if (found <= exponent) return;
+        const float smaller = __int_as_float(max(1, exponent - found + 127) << 23);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) scaled[j][e] *= smaller;
+        }
+        exponent = found;
+    }
+};
+
+// A product of 16 pairs with kSamples samples over 16 outputs. Rows of the first factor are pairs; column c of the j-th
 // tile of 8 columns is sample 16 (j / 2) + 2 c + j % 2, so that a lane holds neighbouring samples.
-__device__ __forceinline__ void add_outputs(float (&sums)[kColumns][4], const float* stage, const unsigned* gradients) {
+__device__ __forceinline__ void add_outputs(Sums& sums, const float* stage, const unsigned* gradients) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int at = 16 * t + (g ^ swizzle(t));
+    float row[4], later[4];  // of pairs g and g + 8, outputs t, t + 4, t + 8 and t + 12
+    float largest = 0.0f;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        row[k] = stage[at + 64 * k];
+        later[k] = stage[(at ^ 8) + 64 * k];
+        largest = fmaxf(largest, fmaxf(fabsf(row[k]), fabsf(later[k])));
+    }
+    sums.fit(largest);
+    const float scale = scale_of(sums.exponent);
     unsigned high[4], low[4];
-    split(stage[at], high[0], low[0]);
-    split(stage[at ^ 8], high[1], low[1]);
-    split(stage[at + 64], high[2], low[2]);
-    split(stage[(at ^ 8) + 64], high[3], low[3]);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+        split_pair(row[2 * k] * scale, row[2 * k + 1] * scale, high[2 * k], low[2 * k]);
+        split_pair(later[2 * k] * scale, later[2 * k + 1] * scale, high[2 * k + 1], low[2 * k + 1]);
+    }
     unsigned of_high[2 * kColumns], of_low[2 * kColumns];
 #pragma unroll
     for (int h = 0; h < kColumns / 2; ++h) {
         load_four(of_high + 4 * h, gradients + 128 * h + 4 * lane);
-        load_four(of_low + 4 * h, gradients + kLow + 128 * h + 4 * lane);
+        load_four(of_low + 4 * h, gradients + kPiece + 128 * h + 4 * lane);
     }
     // one kind of product after the other: a sum is not needed again before the tensor core is through with it
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) multiply_add(sums[j], low, of_high[2 * j], of_high[2 * j + 1]);
+    for (int j = 0; j < kColumns; ++j) multiply_add(sums.scaled[j], low, of_high[2 * j], of_high[2 * j + 1]);
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) multiply_add(sums[j], high, of_low[2 * j], of_low[2 * j + 1]);
+    for (int j = 0; j < kColumns; ++j) multiply_add(sums.scaled[j], high, of_low[2 * j], of_low[2 * j + 1]);
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) multiply_add(sums[j], high, of_high[2 * j], of_high[2 * j + 1]);
+    for (int j = 0; j < kColumns; ++j) multiply_add(sums.scaled[j], high, of_high[2 * j], of_high[2 * j + 1]);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-lmkan_grad_input(const float* __restrict__ table, const float* __restrict__ grad, const float2* fractions,
-                 const unsigned char* cells, float2* __restrict__ planes, index_t pairs, index_t rows, index_t outs,
-                 index_t batch, index_t part, index_t grad_row, index_t grad_column) {
+lmkan_grad_input(const float* __restrict__ table, const unsigned* gradients, const float* scales, const float2* fractions,
+                 const unsigned char* cells, float2* __restrict__ planes, index_t pairs, index_t rows, index_t outs, index_t part) {
     let_next_start();
     extern __shared__ __align__(16) unsigned shared[];
     const int lane = threadIdx.x % 32, warp = uniform_warp(), g = lane / 4, t = lane % 4;
@@ -292,7 +374,7 @@ lmkan_grad_input(const float* __restrict__ table, const float* __restrict__ grad
     const int count = int(min(part, outs - first_out)), chunks = (count + 15) / 16;
     const bool works = first_pair < pairs;
     const bool aligned = (reinterpret_cast<unsigned long long>(table) | 4 * pairs) % 16 == 0;
-    float* const ring = reinterpret_cast<float*>(shared + 2 * kLow) + warp * (kStages * kStage);
+    float* const ring = reinterpret_cast<float*>(shared + kOuts * kSamples) + warp * (kStages * kStage);
     const unsigned into = unsigned(__cvta_generic_to_shared(ring));
 
     // What to copy next: 16 outputs of a knot.
@@ -313,8 +395,13 @@ lmkan_grad_input(const float* __restrict__ table, const float* __restrict__ grad
         end_of_group();  // empty ones behind the end, so that counting them stays simple
     };
     for (int k = 0; k < kStages - 1; ++k) copy(k);
-    load_gradients(shared, grad, first_out, 16 * chunks, outs, tile * kSamples, batch, grad_row, grad_column);
-    wait_for_earlier();  // for cells and fractions
+    wait_for_earlier();  // for gradients, cells and fractions
+    const unsigned* const split = gradients + (tile * gridDim.z + blockIdx.z) * (part / 16 * (2 * kPiece));
+    const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+#pragma unroll 4
+    for (int w = 4 * threadIdx.x; w < 2 * kPiece * chunks; w += 4 * kThreads) copy_16(to + 4 * w, split + w, 16);
+    end_of_group();
+    wait_for_groups<0>();
     __syncthreads();
     if (!works) return;
 
@@ -323,20 +410,20 @@ lmkan_grad_input(const float* __restrict__ table, const float* __restrict__ grad
     int stage = 0, free = kStages - 1;
 #pragma unroll 1
     for (int knot = 0; knot < kKnots; ++knot) {
-        float sums[kColumns][4] = {};
+        Sums sums = {};
+        sums.exponent = kLeastExponent;
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks; ++chunk) {
             wait_for_groups<kStages - 2>();
             __syncwarp();  // all lanes' copies are there, and all lanes are through with what is free now
             copy(free);
-            const unsigned* const gradients = shared + 16 * chunk * kSamples;
-            add_outputs(sums, ring + stage * kStage, gradients);
-            add_outputs(sums, ring + stage * kStage + 128, gradients + 8 * kSamples);
+            add_outputs(sums, ring + stage * kStage, shared + chunk * (2 * kPiece));
             free = stage;
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
         // the sums of this knot to the slopes of those samples that have it at a corner
         const int corner = knot / kSide * 16 + knot % kSide;
+        const float back = back_from(sums.exponent);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
 #pragma unroll
@@ -352,8 +439,8 @@ lmkan_grad_input(const float* __restrict__ table, const float* __restrict__ grad
                         const int beyond = corner - int(four >> 8 * k & 0xff);
                         const float d1 = k == e ? d.x : d.z, d2 = k == e ? d.y : d.w;
                         const float w1 = beyond & 16 ? d1 : 1.0f - d1, w2 = beyond & 1 ? d2 : 1.0f - d2;
-                        const float sum = (beyond & ~17) == 0 ? sums[2 * h + k % 2][2 * r + k / 2] : 0.0f;
                         const bool touched = (beyond & ~17) == 0;
+                        const float sum = back * sums.scaled[2 * h + k % 2][2 * r + k / 2];
                         float& slope1 = slopes1[2 * h + k % 2][2 * r + k / 2];
                         float& slope2 = slopes2[2 * h + k % 2][2 * r + k / 2];
                         slope1 = touched ? fmaf(beyond & 16 ? sum : -sum, w2, slope1) : slope1;
@@ -363,6 +450,7 @@ lmkan_grad_input(const float* __restrict__ table, const float* __restrict__ grad
             }
         }
     }
+    const float* const scale = scales + (blockIdx.z * index_t(gridDim.x) + tile) * kSamples + 4 * t;
     float2* const plane = planes + blockIdx.z * (gridDim.x * rows * kSamples) + place;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -371,8 +459,9 @@ lmkan_grad_input(const float* __restrict__ table, const float* __restrict__ grad
 #pragma unroll
             for (int k = 0; k < 4; k += 2) {
                 const int j = 2 * h, c = 2 * r + k / 2;
-                *reinterpret_cast<float4*>(plane + 8 * r * kSamples + 16 * h + k) =
-                    make_float4(slopes1[j][c], slopes2[j][c], slopes1[j + 1][c], slopes2[j + 1][c]);
+                const float2 by = *reinterpret_cast<const float2*>(scale + 16 * h + k);
+                *reinterpret_cast<float4*>(plane + 8 * r * kSamples + 16 * h + k) = make_float4(
+                    slopes1[j][c] * by.x, slopes2[j][c] * by.x, slopes1[j + 1][c] * by.y, slopes2[j + 1][c] * by.y);
             }
         }
     }

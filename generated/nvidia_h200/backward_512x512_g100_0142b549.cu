@@ -5,8 +5,7 @@
 // to the current cell stays in registers: the sums of its four corners, the slopes of its functions; memory is touched only when
 // the cell changes (moving one knot to the right keeps two corners). No shared memory holds tables, hence
 // no cap on the grid.
-// Output gradients and tables are rounded to float16 first; sums are float32.
-// Moves, per function evaluation: 2 bytes of output gradient gathered from the level-2 cache, where a
+// Moves, per function evaluation: 4 bytes of output gradient gathered from the level-2 cache, where a
 // chunk's gradients fit (the bound); 7 FMA; per run and cell 8 to 16 bytes of additions and 8 to 16 bytes of reads an output.
 // The gradients of the samples to come are asked for before those at hand are used.
 typedef long long index_t;
@@ -53,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(256) lmkan_zero(float* __restrict__
 }
 #endif
 
-constexpr int kGrids = 26;
+constexpr int kGrids = 100;
 constexpr int kSide = kGrids + 1;            // knots along one axis
 constexpr int kKnots = kSide * kSide;
 constexpr int kHalf = kGrids / 2;
@@ -118,12 +117,12 @@ __device__ __forceinline__ void permute_by_xor(float (&values)[N], int key) {
 }
 
 constexpr int kSortThreads = 1024;
-constexpr int kItems = 8;                  // samples per sorting thread
+constexpr int kItems = 256;                  // samples per sorting thread
 constexpr int kChunk = kSortThreads * kItems;        // samples sorted together
 constexpr int kShift = 0;                  // knots per sorting bucket, as a power of two
 constexpr int kBuckets = (kKnots >> kShift) + 1;
-constexpr int kVector = 8;                // outputs per lane
-constexpr int kGroup = 8;                 // neighbouring ones among them
+constexpr int kVector = 4;                // outputs per lane
+constexpr int kGroup = 4;                 // neighbouring ones among them
 constexpr int kSegment = 256;              // sorted samples walked by one warp
 constexpr int kUnroll = 2;                // samples asked for together
 constexpr int kOutWarps = 1;           // warps side by side along the outputs
@@ -133,18 +132,14 @@ constexpr int kSegments = 8;            // segments in a block
 constexpr int kWarps = kOutWarps * kSegments / kRuns;
 static_assert(kSegment % (2 * kUnroll) == 0 && kLanes >= 2 * kUnroll && (kRuns == 1 || kOutWarps == 1));
 
-typedef unsigned short value_t;  // of gradients and tables
+typedef float value_t;  // of gradients and tables
 
 __device__ __forceinline__ value_t to_value(float v) {
-    value_t rounded;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(v));
-    return rounded;
+    return v;
 }
 
 __device__ __forceinline__ float to_float(value_t v) {
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-    return f;
+    return v;
 }
 
 struct __align__(16) Record {
@@ -358,7 +353,7 @@ __device__ __forceinline__ void enter(Cell& cell, int knot, const value_t* table
 // A block walks kSegments runs of kSegment sorted samples of one pair for kLanes * kVector * kOutWarps outputs.
 // sums[pair][knot][O padded] += w * gradient.
 // grad_x: written where the block has all outputs, else added to. rows[sample][width] has those from first_out on.
-extern "C" __global__ void __launch_bounds__(kWarps * 32, 2)
+extern "C" __global__ void __launch_bounds__(kWarps * 32, 3)
 lmkan_backward_walk(const Record* records, const value_t* rows,
     const value_t* packed, const float* __restrict__ borders, float* __restrict__ grad_x, index_t batch, index_t first,
     float* __restrict__ sums,

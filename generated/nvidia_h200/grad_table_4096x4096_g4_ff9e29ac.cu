@@ -174,12 +174,12 @@ lmkan_locate(const float* __restrict__ x, const float* __restrict__ borders, flo
     wait_for_earlier();
     const index_t units = (batch + kSamples - 1) / kSamples * (kSamples / 32);
     const index_t job = blockIdx.x * index_t(8) + threadIdx.x / 32, group = job / units;
-    if (16 * group >= rows) return;
+    if (4 * group >= rows) return;
     const index_t sample = (job - group * units) * 32 + threadIdx.x % 32;
     const index_t tile = sample / kSamples, within = sample - tile * kSamples;
-#pragma unroll 4
-    for (int k = 0; k < 16; ++k) {
-        const index_t pair = 16 * group + k;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const index_t pair = 4 * group + k;
         const float* source = x + 2 * pair * x_row + sample * x_column;
         const float x1 = sample < batch && 2 * pair < inputs ? source[0] : 0.0f;
         const float x2 = sample < batch && 2 * pair + 1 < inputs ? source[x_row] : 0.0f;
@@ -191,6 +191,9 @@ lmkan_locate(const float* __restrict__ x, const float* __restrict__ borders, flo
         cells[at] = static_cast<unsigned char>(16 * i1 + i2);
     }
 }
+
+constexpr int kTiles = 2;          // of 8 pairs, of a warp
+constexpr int kPairs = 8 * kTiles;
 
 constexpr int kOuts = 256;            // outputs of a block at most
 constexpr int kLow = kOuts * kSamples;       // from where the high parts of numbers lie to their low parts
@@ -217,8 +220,6 @@ __device__ __forceinline__ void load_gradients(unsigned* shared, const float* __
         split(out < outs && sample < batch ? grad[out * row + sample * column] : 0.0f, to[0], to[kLow]);
     }
 }
-constexpr int kTiles = 2;          // of 8 pairs, of a warp
-constexpr int kPairs = 8 * kTiles;
 
 // The pair that column c of the k-th tile of 8 columns is: such that a lane's results lie side by side.
 __device__ __forceinline__ int pair_of(int k, int c) {

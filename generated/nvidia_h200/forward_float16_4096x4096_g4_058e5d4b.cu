@@ -4,10 +4,11 @@
 // there is little to do, and tensor cores do it. With T[k][o][p] the table, k its (G+1)^2 knots, and W[k][p][b] the
 // bilinear weights of sample b at the corners of its cell and zeros at all other knots, everything is a matrix product:
 //     y[o][b] = sum over k, p of T[k][o][p] W[k][p][b]
-// A warp has 32 outputs and 64 samples, whose sums stay in its registers, and a block a slice of the pairs. Warps copy
+// A warp has 64 outputs and 64 samples, whose sums stay in its registers, and a block a slice of the pairs. Warps copy
 // their coefficients by themselves, many ahead; the weights of 32 pairs and one row of knots, which all warps need, a block
-// makes together in shared memory, and those of the next row while these are used. Slices are summed in a second kernel.
-// Moves: the table once; weights from shared memory, 2 bytes per 32 products; a plane of sums per slice.
+// copies together, and those of the next row while these are used. A kernel before this one has made them. Slices are
+// summed in another.
+// Moves: the table once; weights from the level-2 cache, as often as there are blocks along the outputs, and from shared memory, 2 bytes per 64 products; a plane of sums per slice.
 // Computes: 2 (G+1)^2 flops per function and sample, once.
 // Bound by device memory for 64 samples, by tensor cores for more. Sums have a fixed order.
 // Of a coefficient that is not finite others take notice too: zero times infinity.
@@ -197,46 +198,15 @@ __device__ __forceinline__ void copy_rows(unsigned target, const float* table, c
     }
 }
 
-// Where samples lie: fractions and cells as [tile of samples][pairs, up to a multiple of 32][kSamples], a cell 16 i1 + i2.
-// What lies beyond the layer's inputs or the batch is located like zeros.
-extern "C" __global__ void __launch_bounds__(256)
-lmkan_locate(const float* __restrict__ x, const float* __restrict__ borders, float2* __restrict__ fractions,
-             unsigned char* __restrict__ cells, float* __restrict__ reach, index_t inputs, index_t batch, index_t rows, index_t x_row,
-             index_t x_column) {
-    let_next_start();
-    wait_for_earlier();
-    const index_t units = (batch + kSamples - 1) / kSamples * (kSamples / 32);
-    const index_t job = blockIdx.x * index_t(8) + threadIdx.x / 32, group = job / units;
-    if (16 * group >= rows) return;
-    const index_t sample = (job - group * units) * 32 + threadIdx.x % 32;
-    const index_t tile = sample / kSamples, within = sample - tile * kSamples;
-    float farthest = 0.0f;
-#pragma unroll 4
-    for (int k = 0; k < 16; ++k) {
-        const index_t pair = 16 * group + k;
-        const float* source = x + 2 * pair * x_row + sample * x_column;
-        const float x1 = sample < batch && 2 * pair < inputs ? source[0] : 0.0f;
-        const float x2 = sample < batch && 2 * pair + 1 < inputs ? source[x_row] : 0.0f;
-        const int i1 = cell_of_input(x1), i2 = cell_of_input(x2);
-        const float d1 = (x1 - borders[i1]) / (borders[i1 + 1] - borders[i1]);
-        const float d2 = (x2 - borders[i2]) / (borders[i2 + 1] - borders[i2]);
-        const index_t at = (tile * rows + pair) * kSamples + within;
-        fractions[at] = make_float2(d1, d2);
-        cells[at] = static_cast<unsigned char>(16 * i1 + i2);
-        farthest = fmaxf(farthest, (1.0f + fabsf(d1)) * (1.0f + fabsf(d2)));
-    }
-    reach[(tile * (rows / 16) + group) * kSamples + within] = farthest;  // no weight is larger
-}
 
-constexpr int kTiles = 2;          // of 16 outputs, of a warp
-constexpr int kStages = 6;
+constexpr int kTiles = 4;          // of 16 outputs, of a warp
+constexpr int kStages = 4;
 constexpr int kPack = 2;           // outputs in a word of the table
-constexpr int kSteps = 2 / kPack;            // of the tensor core along 16 pairs
 constexpr int kWords = 16 * kTiles / kPack;  // rows of words of a stage
 constexpr int kStage = 16 * kWords;          // words: rows of a warp's outputs, of 16 pairs
 constexpr int kHalves = 32 / 16;         // such pieces of pairs that share weights' making
-constexpr int kRows = 16 / kPack;            // of weights of 16 pairs, two pairs in a word
-constexpr int kPiece = kRows * kSamples;     // words: weights of 16 pairs at a knot
+constexpr int kLow = 8 * kSamples;           // words: weights of 16 pairs, two pairs in a word
+constexpr int kPiece = kLow;        // words: weights of 16 pairs at a knot
 constexpr int kRowOfKnots = kSide * kHalves * kPiece;
 
 // Weight of a sample at knot i of an axis; not a number stays so.
@@ -244,29 +214,71 @@ __device__ __forceinline__ float axis_weight(int cell, float d, int i) {
     return cell == i ? 1.0f - d : cell + 1 == i ? d : 0.0f;
 }
 
-// Weights of all samples and kHalves * 16 pairs from `at` on, at the knots (i1, 0) to (i1, G). Of each step of the tensor core
-// and 16 samples a thread makes those of one lane: elements 2t to 2t + 1 and 8 behind them, which are the pairs 4t to 4t + 3, of
-// columns c of two tiles of 8 columns, which are the samples 2c and 2c + 1.
-__device__ __forceinline__ void make_weights(unsigned* to, const float2* fractions, const unsigned char* cells, int i1, const float* scales) {
-    constexpr int fragments = kSamples / 16;
-    for (int k = threadIdx.x; k < kHalves * kSteps * fragments * 32; k += kThreads) {
-        const int lane = k % 32, sample = k / 32 % fragments * 16 + lane / 4 * 2;
-        const int step = k / (32 * fragments), piece = step / kSteps;
-        const int at = (16 / kSteps * step + lane % 4 * 4) * kSamples + sample;
-        unsigned* const target = to + piece * kPiece + (k - 32 * fragments * kSteps * piece) * 4;
+// Weights, two pairs in a word, as forward copies them: for a tile of samples, kHalves * 16 pairs and knots (i1, 0) to
+// (i1, G) kRowOfKnots words side by side, [tile][pairs][i1][i2][16 pairs]. What lies beyond the layer's inputs or the batch
+// is located like zeros. A block makes those of 16 samples and kHalves * 16 pairs.
+extern "C" __global__ void __launch_bounds__(256)
+lmkan_make_weights(const float* __restrict__ x, const float* __restrict__ borders, unsigned* __restrict__ weights, float* __restrict__ scales, index_t inputs,
+                   index_t batch, index_t rows, index_t slice, index_t x_row, index_t x_column) {
+    let_next_start();
+    wait_for_earlier();
+    constexpr int kFragments = kSamples / 16;
+    const index_t tile = blockIdx.x / kFragments, fragment = blockIdx.x % kFragments, group = blockIdx.y;
+    const auto input_of = [&](index_t pair, int which, int sample) {
+        const index_t s = blockIdx.x * index_t(16) + sample;
+        return s < batch && 2 * pair + which < inputs ? x[(2 * pair + which) * x_row + s * x_column] : 0.0f;
+    };
+    __shared__ float2 fractions[kHalves * 16][16];
+    __shared__ unsigned char cells1[kHalves * 16][16], cells2[kHalves * 16][16];
+    const int mine = threadIdx.x % 16;
+    // Powers of two that take a sample's largest possible weight in this slice near to 2^14: of samples far out weights
+    // may be too large for float16. No weight exceeds a product of 2 + 2 |x| / (width of the outermost cells).
+    __shared__ float reach[16][16], scale[16];
+    const index_t part = group * (16 * kHalves) / slice, end = min((part + 1) * slice, rows);
+    const float per_x = 2.0f / (borders[1] - borders[0]);
+    float farthest = 4.0f;
+#pragma unroll 8
+    for (index_t pair = part * slice + threadIdx.x / 16; pair < end; pair += 16)
+        farthest = fmaxf(farthest, fmaf(per_x, fabsf(input_of(pair, 0, mine)), 2.0f) * fmaf(per_x, fabsf(input_of(pair, 1, mine)), 2.0f));
+    reach[threadIdx.x / 16][mine] = farthest;
+#pragma unroll
+    for (int p = threadIdx.x / 16; p < kHalves * 16; p += 16) {
+        const index_t pair = group * (kHalves * 16) + p;
+        const float x1 = input_of(pair, 0, mine), x2 = input_of(pair, 1, mine);
+        const int i1 = cell_of_input(x1), i2 = cell_of_input(x2);
+        cells1[p][mine] = static_cast<unsigned char>(i1);
+        cells2[p][mine] = static_cast<unsigned char>(i2);
+        fractions[p][mine] = make_float2((x1 - borders[i1]) / (borders[i1 + 1] - borders[i1]),
+                                         (x2 - borders[i2]) / (borders[i2 + 1] - borders[i2]));
+    }
+    __syncthreads();
+    if (threadIdx.x < 16) {
+        for (int k = 0; k < 16; ++k) farthest = fmaxf(farthest, reach[k][mine]);
+        const int exponent = (__float_as_int(farthest) >> 23) - 127;
+        scale[mine] = exponent < 128 ? __int_as_float((14 - exponent + 127) << 23) : 1.0f;
+        if (group * (16 * kHalves) == part * slice)
+            scales[(part * (gridDim.x / kFragments) + tile) * kSamples + fragment * 16 + mine] = scale[mine];
+    }
+    __syncthreads();
+    // Of each 16 pairs a thread makes those of one lane: elements 2t to 2t + 1 and 8 behind them, which are the pairs 4t to
+    // 4t + 3, of columns c of two tiles of 8 columns, which are the samples 2c and 2c + 1.
+    for (int k = threadIdx.x; k < kHalves * kSide * 32; k += 256) {
+        const int lane = k % 32, piece = k / 32 % kHalves, i1 = k / (32 * kHalves), sample = lane / 4 * 2;
         float along1[4][2], d2[4][2];
         int cell2[4][2];
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-            const float4 d = *reinterpret_cast<const float4*>(fractions + at + p * kSamples);
-            const int both = *reinterpret_cast<const unsigned short*>(cells + at + p * kSamples);
-            along1[p][0] = axis_weight(both % 256 / 16, d.x, i1) * scales[sample];
-            along1[p][1] = axis_weight(both / 4096, d.z, i1) * scales[sample + 1];
-            d2[p][0] = d.y;
-            d2[p][1] = d.w;
-            cell2[p][0] = both % 16;
-            cell2[p][1] = both / 256 % 16;
+#pragma unroll
+            for (int s = 0; s < 2; ++s) {
+                const int pair = piece * 16 + lane % 4 * 4 + p;
+                const float2 d = fractions[pair][sample + s];
+                along1[p][s] = axis_weight(cells1[pair][sample + s], d.x, i1) * scale[sample + s];
+                d2[p][s] = d.y;
+                cell2[p][s] = cells2[pair][sample + s];
+            }
         }
+        const index_t row_of_knots = (tile * gridDim.y + group) * kSide + i1;
+        unsigned* const target = weights + row_of_knots * kRowOfKnots + piece * kPiece + (fragment * 32 + lane) * 4;
 #pragma unroll
         for (int i2 = 0; i2 < kSide; ++i2) {
             const auto weight = [&](int p, int s) { return along1[p][s] * axis_weight(cell2[p][s], d2[p][s], i2); };
@@ -275,37 +287,32 @@ __device__ __forceinline__ void make_weights(unsigned* to, const float2* fractio
                            narrow(weight(0, 1), weight(1, 1)), narrow(weight(2, 1), weight(3, 1)));
         }
     }
+    end_after_earlier();
 }
 
 // Products of a warp's outputs with kSamples samples over 16 pairs. Column c of the j-th tile of 8 columns is sample
 // 16 (j / 2) + 2 c + j % 2, so that a lane holds neighbouring samples.
 __device__ __forceinline__ void add_pairs(float (&sums)[kTiles][kColumns][4], const unsigned* stage, const unsigned* weights) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    unsigned b[2 * kColumns];
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-        unsigned b[2 * kColumns];
+    for (int h = 0; h < kColumns / 2; ++h) load_four(b + 4 * h, weights + 128 * h + 4 * lane);
 #pragma unroll
-        for (int h = 0; h < kColumns / 2; ++h) {
-            load_four(b + 4 * h, weights + (step * (kColumns / 2) + h) * 128 + 4 * lane);
-        }
+    for (int m = 0; m < kTiles; ++m) {
+        // a word holds two outputs of a pair, a register wants two pairs of an output
+        const uint4 w = *reinterpret_cast<const uint4*>(stage + 16 * (8 * m + g) + (4 * t ^ swizzle(g)));
+        const unsigned a[4] = {unsigned(__byte_perm(w.x, w.y, 0x5410)), unsigned(__byte_perm(w.x, w.y, 0x7632)),
+                               unsigned(__byte_perm(w.z, w.w, 0x5410)), unsigned(__byte_perm(w.z, w.w, 0x7632))};
 #pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-            // a word holds two outputs of a pair, a register wants two pairs of an output
-            const uint4 w = *reinterpret_cast<const uint4*>(stage + 16 * (8 * m + g) + (4 * t ^ swizzle(g)));
-            const unsigned a[4] = {unsigned(__byte_perm(w.x, w.y, 0x5410)), unsigned(__byte_perm(w.x, w.y, 0x7632)),
-                                   unsigned(__byte_perm(w.z, w.w, 0x5410)), unsigned(__byte_perm(w.z, w.w, 0x7632))};
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j) multiply_add(sums[m][j], a, b[2 * j], b[2 * j + 1]);
-        }
+        for (int j = 0; j < kColumns; ++j) multiply_add(sums[m][j], a, b[2 * j], b[2 * j + 1]);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-lmkan_forward(const float* __restrict__ table, const float2* fractions, const unsigned char* cells, const float* reach, float* __restrict__ planes,
-              index_t pairs, index_t rows, index_t outs, index_t slice) {
+lmkan_forward(const float* __restrict__ table, const unsigned* weights, const float* scales, float* __restrict__ planes, index_t pairs,
+              index_t rows, index_t outs, index_t slice) {
     let_next_start();
     extern __shared__ __align__(16) unsigned shared[];
-    __shared__ float scales[kSamples];
     const int lane = threadIdx.x % 32, warp = uniform_warp(), g = lane / 4, t = lane % 4;
     const index_t words = (outs + kPack - 1) / kPack, first_word = (index_t(blockIdx.y) * kWarps + warp) * kWords;
     const index_t tile = blockIdx.x, first_pair = blockIdx.z * slice;
@@ -338,29 +345,29 @@ lmkan_forward(const float* __restrict__ table, const float2* fractions, const un
         end_of_group();  // empty ones behind the end, so that counting them stays simple
     };
     for (int k = 0; k < kStages - 1; ++k) copy(k);
-    wait_for_earlier();  // for cells and fractions
-    // Weights of samples far out may be too large for float16: powers of two take care of those.
-    for (int s = threadIdx.x; s < kSamples; s += kThreads) {
-        float farthest = 0.0f;
-        for (index_t k = first_pair / 16; k < (first_pair + count + 15) / 16; ++k)
-            farthest = fmaxf(farthest, reach[(tile * (rows / 16) + k) * kSamples + s]);
-        const int exponent = (__float_as_int(farthest) >> 23) - 127;
-        scales[s] = exponent > 14 && exponent < 128 ? __int_as_float((14 - exponent + 127) << 23) : 1.0f;
-    }
-    __syncthreads();
-    const index_t place = (tile * rows + first_pair) * kSamples;
+    wait_for_earlier();  // for weights
+    const index_t groups = rows / (16 * kHalves);
+    const unsigned* const made = weights + (tile * groups + first_pair / (16 * kHalves)) * kSide * index_t(kRowOfKnots);
+    const auto copy_weights = [&](int k) {
+        const unsigned to = unsigned(__cvta_generic_to_shared(shared)) + k % 2 * (4 * kRowOfKnots);
+        const unsigned* const from = made + k * index_t(kRowOfKnots);
+#pragma unroll 4
+        for (int w = 4 * threadIdx.x; w < kRowOfKnots; w += 4 * kThreads) copy_16(to + 4 * w, from + w, 16);
+    };
     float sums[kTiles][kColumns][4] = {};
-    int stage = 0, free = kStages - 1, chunk = 0, i1 = 0;
-    make_weights(shared, fractions + place, cells + place, 0, scales);
+    int stage = 0, free = kStages - 1;
+    copy_weights(0);
+    end_of_group();
+    wait_for_groups<0>();
 #pragma unroll 1
     for (int k = 0; k < chunks * kSide; ++k) {
-        __syncthreads();  // these weights are made, and all warps are through with those before
-        if (++i1 == kSide) i1 = 0, ++chunk;
-        if (k + 1 < chunks * kSide) {
-            const index_t at = place + chunk * (16 * kHalves * kSamples);
-            make_weights(shared + (k + 1) % 2 * kRowOfKnots, fractions + at, cells + at, i1, scales);
+        __syncthreads();  // these weights are there, and all warps are through with those before
+        if (k + 1 < chunks * kSide) copy_weights(k + 1);  // they belong to the next group
+        if (!works) {
+            end_of_group();
+            wait_for_groups<0>();
+            continue;
         }
-        if (!works) continue;
         const unsigned* weights = shared + k % 2 * kRowOfKnots;
 #pragma unroll 1
         for (int piece = 0; piece < kSide * kHalves; ++piece, weights += kPiece) {
@@ -371,14 +378,16 @@ lmkan_forward(const float* __restrict__ table, const float2* fractions, const un
             free = stage;
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
+        if (kSide * kHalves < kStages) wait_for_groups<0>();  // else the next weights are among those that were waited for
     }
     if (!works) return;
     float* const plane = planes + (blockIdx.z * index_t(gridDim.x) + tile) * outs * kSamples + 4 * t;
 #pragma unroll
     for (int h = 0; h < kColumns / 2; ++h) {
+        const float* const scale = scales + (blockIdx.z * index_t(gridDim.x) + tile) * kSamples + 16 * h + 4 * t;
         float back[4];  // exact, as the scales are
 #pragma unroll
-        for (int q = 0; q < 4; ++q) back[q] = 1.0f / scales[16 * h + 4 * t + q];
+        for (int q = 0; q < 4; ++q) back[q] = 1.0f / scale[q];
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
