@@ -105,8 +105,8 @@ class CellProduct(Family):
     def default(self, problem: Problem) -> Parameters | None:
         """Wide warps, chunks whose gradients stay in cache, segments short enough to fill the device."""
         shape = problem.shape
-        # finer grids need more samples in a chunk for windows to have a step's worth of them
-        sizes = tuple(s for s in (64, 32, 16, 8, 4, 2, 1) if s <= 16 or 1000 * s < 16 * shape.knots)
+        # finer grids need more samples in a chunk for windows to have steps of them
+        sizes = tuple(s for s in (256, 128, 64, 32, 16, 8, 4, 2, 1) if s <= 16 or 350 * s < 16 * shape.knots)
         warps_wanted = 16 * problem.device.multiprocessors
         for vector in (4, 2, 1):
             for items in sizes:
@@ -115,7 +115,7 @@ class CellProduct(Family):
                 samples = min(shape.batch, walk.chunk)
                 enough = [s for s in (512, 256, 128) if runs * -(-samples // s) >= warps_wanted]
                 for segment in (*enough, 64):
-                    parameters = {"items": items, "segment": segment, "vector": vector, "stages": 3}
+                    parameters = {"items": items, "segment": segment, "vector": vector, "stages": 2}
                     for blocks in (2, 1):
                         if not self.violations(problem, parameters | {"blocks": blocks}):
                             return parameters | {"blocks": blocks}
