@@ -231,6 +231,19 @@ def test_winners_of_similar_problems_are_seeds(monkeypatch: pytest.MonkeyPatch, 
     assert explore(PROBLEM).seeds == (candidate("none", 2), candidate("none", 1))
 
 
+def test_defaults_of_all_families_are_seeds() -> None:
+    """A short search from nothing should not be spent on a family that is not the fastest."""
+    problem = Problem(
+        Operation.BACKWARD, LayerShape(64, 64, 12, 4096), devices.target("sm_90"), TableDtype.FLOAT16
+    )
+    all_of_them = families.families("cuda", problem.operation, problem.table)
+    asked = [f for f in all_of_them if f.default(problem)]
+    assert len(asked) > 1
+    space = explore(problem)
+    for f in asked:
+        assert Candidate.make(f.name, f.default(problem) or {}) in space.seeds
+
+
 def test_fingerprint_changes_with_what_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, Faulty(("none",), variants=3))
     first = explore(PROBLEM).fingerprint()

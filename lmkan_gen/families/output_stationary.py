@@ -22,6 +22,8 @@ _MAX_STAGES = 2**31 - 1
 _CYCLES_PER_US, _COPY_RATE, _LAUNCH_US = 1900.0, 4.0e6, 2.0
 _CACHE_RATE = 25.0  # bytes a cycle from the level-2 cache to a multiprocessor
 _TOGETHER = (1, 2, 4, 8, 16, 32)
+#: of an input gradient, in passes: gradients are waited for. Tiles of 8 x 4 took 1.4 times as long as 8 x 8
+_PER_STAGE = 64
 _LATENCY_CYCLES = 800.0  # of the level-2 cache under load: what is asked for should be used no sooner
 
 
@@ -230,6 +232,7 @@ class OutputStationary(Family):
             each = 10.5 if problem.table is TableDtype.FLOAT32 else 9.5
             instructions = each * pairs * outs + 6 * outs + 30
             turn = warps * max(passes, instructions / 4)
+            passes += _PER_STAGE
         stage = _stage_bytes(problem, pairs, outs) / samples / warps
         cycles = warps * max(passes + stage / 128, instructions / 4)
         cycles = max(cycles, warps * stage / _CACHE_RATE)

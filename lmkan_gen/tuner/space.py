@@ -52,8 +52,8 @@ class Space:
             are ``count``, then seeds that it had not left.
         rejected: how many points of the families' spaces each limit excludes.
         default: the analytic default; None when no family has one.
-        seeds: what was tuned for this very problem, the default, and the winners of similar problems: where
-            a search should begin.
+        seeds: what was tuned for this very problem, the default, the winners of similar problems, and the
+            defaults of all families: where a search should begin.
     """
 
     problem: Problem
@@ -85,7 +85,10 @@ def explore(problem: Problem) -> Space:
     """Enumerate and prune. A point is counted once, under the first limit it breaks."""
     feasible: list[Candidate] = []
     rejected: Counter[str] = Counter()
+    defaults: list[Candidate] = []
     for f in families(problem.device.kind, problem.operation, problem.table):
+        if (guess := f.default(problem)) is not None and not f.violations(problem, guess):
+            defaults.append(Candidate.make(f.name, guess))
         for parameters in f.candidates(problem):
             if violations := f.violations(problem, parameters):
                 rejected[violations[0].limit] += 1
@@ -100,6 +103,8 @@ def explore(problem: Problem) -> Space:
     known = [Candidate.make(c.family, c.parameters) for c in tuned if c.family and c.tier is Tier.EXACT]
     known += [default] if default else []
     known += [Candidate.make(c.family, c.parameters) for c in tuned if c.family]
+    # which family is the fastest is the first thing that a search should find out
+    known += defaults
     seeds = tuple(dict.fromkeys(known))
     # what is known to work stays in, even where pruning by waste is too strict
     everything = tuple(dict.fromkeys((*feasible, *seeds)))
