@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 
 KIB = 1024
+#: of a multiprocessor, on every architecture
+REGISTERS = 65536
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Device:
     def compute_capability(self) -> int:
         """``90`` for ``sm_90``; 0 on CPU."""
         return int(self.arch.removeprefix("sm_")) if self.kind == "cuda" else 0
+
+
+def registers_per_thread(threads: int) -> int:
+    """Registers that are left each of so many threads of a multiprocessor."""
+    return min(255, REGISTERS // threads)
 
 
 #: Shared memory of a block and of a multiprocessor in KiB, then models as the driver names them with

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families import cells
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.plan import Constant, KernelSpec, LaunchPlan
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
-_REGISTERS = 65536
 _RESERVED = 1024  # bytes of shared memory of each block: the driver's
 _STEP = 16  # samples
 _FEW = 4096  # samples
@@ -91,7 +91,7 @@ class CellProduct(Family):
         with_input = problem.operation is not Operation.GRAD_TABLE
         # sums and coefficients of a window; records, addresses and weights
         kept = (8 * with_table + 4 * with_input) * walk.vector + 50
-        limit = min(255, _REGISTERS // (blocks * cells.WARP * walk.warps))
+        limit = registers_per_thread(blocks * cells.WARP * walk.warps)
         if kept > limit:
             found.append(
                 Violation(

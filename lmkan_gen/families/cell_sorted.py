@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families import cells
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.plan import Constant, KernelSpec, LaunchPlan
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
-_REGISTERS = 65536
 #: along the outputs, where lanes get many of them: what a sample costs is shared by its lanes' outputs
 _LEAST_LANES = 8
 _SEGMENTS = (16, 32, 64, 128, 256, 512, 1024)
@@ -77,7 +77,7 @@ class CellSorted(Family):
         kept = (asked + 4 * with_table + 3 * with_input) * walk.vector + 2 * unroll * with_input
         # addresses and weights; before sm_90 additions are single, each with an address of its own
         kept += 24 if device.compute_capability >= 90 else 40
-        limit = min(255, _REGISTERS // (blocks * cells.WARP * walk.warps))
+        limit = registers_per_thread(blocks * cells.WARP * walk.warps)
         if kept > limit:
             found.append(
                 Violation(

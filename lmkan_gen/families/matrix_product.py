@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import product
 
+from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.plan import Argument, Constant, Fill, KernelSpec, Launch, LaunchPlan, Workspace, strides
@@ -18,8 +19,6 @@ _PAD = 32  # pairs are located up to a multiple of it
 _LOCATED = 4  # pairs of a thread that locates
 _MAX_GRID = 65535  # blocks along the second and third axis
 _MAX_BLOCKS = 2**31 - 1
-_REGISTERS = 65536
-_MOST_REGISTERS = 255  # of a thread
 _MAX_GRIDS = 15  # a cell has 4 bits per axis
 _RESERVED = 1024  # bytes of shared memory of each block: the driver's, and what kernels have beside
 _THREADS = 256  # of a block of what comes before and after
@@ -107,7 +106,7 @@ class MatrixProduct(Family):
                     f"{device.name} has {device.shared_memory_per_block} per block",
                 )
             )
-        limit = min(_MOST_REGISTERS, _REGISTERS // (lanes.WARP * int(parameters["warps"])))
+        limit = registers_per_thread(lanes.WARP * int(parameters["warps"]))
         if (needed := self._registers(problem, parameters)) > limit:
             found.append(
                 Violation(

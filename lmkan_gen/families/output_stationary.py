@@ -9,13 +9,13 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import product
 
+from lmkan_gen.device import REGISTERS, registers_per_thread
 from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.packing import SCALE_PAIRS, stages_name
 from lmkan_gen.plan import Argument, Constant, KernelSpec, Launch, LaunchPlan, Workspace
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
-_REGISTERS = 65536
 _MAX_GRID = 65535  # blocks along the second axis
 _MAX_STAGES = 2**31 - 1
 #: measured on an H200; only their ratios matter
@@ -341,7 +341,8 @@ def _vector(parameters: Parameters) -> int:
 
 def _register_limit(parameters: Parameters) -> int:
     """Registers that launch bounds leave a thread, in allocation units of 8."""
-    return min(255, _REGISTERS // (int(parameters["threads"]) * int(parameters["blocks"])) // 8 * 8)
+    threads = int(parameters["threads"]) * int(parameters["blocks"])
+    return min(registers_per_thread(threads), REGISTERS // threads // 8 * 8)
 
 
 def _stage_bytes(problem: Problem, pairs: int, outs: int) -> int:

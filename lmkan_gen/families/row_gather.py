@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.packing import row_pitch
 from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, strides
@@ -14,7 +15,6 @@ from lmkan_gen.problem import Operation, Problem, TableDtype
 
 _WARP = 32
 _MAX_GRID = 65535  # blocks along the second and third axis
-_REGISTERS = 255
 _SHARED_MEMORY = 48 * 1024
 _BYTES = {TableDtype.FLOAT32: 4, TableDtype.FLOAT16: 2, TableDtype.BFLOAT16: 2}
 
@@ -67,7 +67,7 @@ class RowGather(Family):
             found.append(
                 Violation("wasted", f"vector={vector} covers {_WARP * vector} outputs of {shape.outputs}")
             )
-        if (kept := 5 * vector * unroll + vector + 40) > _REGISTERS:
+        if (kept := 5 * vector * unroll + vector + 40) > registers_per_thread(_WARP):
             found.append(Violation("registers", f"vector={vector} and unroll={unroll} need about {kept}"))
         if problem.operation is Operation.FORWARD:
             pairs = int(parameters["slice"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lmkan_gen.device import REGISTERS, registers_per_thread
 from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Demand, Family, Parameters, Violation
 from lmkan_gen.packing import SCALE_PAIRS
@@ -23,7 +24,6 @@ _NARROW = {
 _LEAST_REGISTERS = 64  # what launch bounds leave each thread, at least
 _INLINE_SLACK = 6  # by which small tiles without a pre-pass were found to need less than estimated
 _SPARE_REGISTERS = 24  # by which what was never compiled has to stay below its limit
-_REGISTERS = 65536
 #: measured on an H200, in bytes per microsecond; only their ratios matter
 _ADD_RATE, _CACHED_ADD_RATE = 1.3e6, 3.3e6  # read and write count once
 _STAGING_RATE = 52e3  # of one multiprocessor, from the level-2 cache
@@ -134,7 +134,7 @@ class TileStationary(Family):
             )
         needed = self._registers(problem, parameters)
         spare = _INLINE_SLACK if _coordinates(parameters) == "inline" else 0
-        if needed - spare > (limit := min(255, _REGISTERS // threads)):
+        if needed - spare > (limit := registers_per_thread(threads)):
             found.append(
                 Violation(
                     "registers",
@@ -299,7 +299,7 @@ class TileStationary(Family):
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
         needed = self._registers(problem, parameters) + _SPARE_REGISTERS
         needed += 2 * min(outs & -outs, lanes.WARP // pairs) + 12 * _is_partial(problem, parameters)
-        return needed > min(255, _REGISTERS // _integer(parameters, "threads"))
+        return needed > registers_per_thread(_integer(parameters, "threads"))
 
     def _resident(self, problem: Problem, parameters: Parameters) -> int:
         """Blocks one multiprocessor holds: what launch bounds promise the compiler."""
@@ -309,7 +309,7 @@ class TileStationary(Family):
             1,
             min(
                 problem.device.shared_memory_per_multiprocessor // per_block,
-                _REGISTERS // (threads * max(_LEAST_REGISTERS, self._registers(problem, parameters))),
+                REGISTERS // (threads * max(_LEAST_REGISTERS, self._registers(problem, parameters))),
                 8,
             ),
         )
