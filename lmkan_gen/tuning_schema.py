@@ -7,13 +7,14 @@ python -m lmkan_gen.tuning_schema --check   exit code 1 when it is not that of t
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lmkan_gen.families import Family, families
-from lmkan_gen.problem import Operation
+from lmkan_gen.problem import Operation, TableDtype
 from lmkan_gen.resources import resource_directory
 from lmkan_gen.tuning_file import SCHEMA_FILE, TuningFile
 
@@ -22,7 +23,8 @@ def schema() -> dict[str, Any]:
     """What `lmkan_gen.tuning_file.load` accepts, as far as a schema can say it."""
     found = TuningFile.model_json_schema(by_alias=True)
     entry = found["$defs"]["Entry"]
-    known = {f.name: f for kind in ("cpu", "cuda") for o in Operation for f in families(kind, o)}
+    asked = product(("cpu", "cuda"), Operation, TableDtype)
+    known = {f.name: f for problem in asked for f in families(*problem)}
     entry["properties"]["family"]["enum"] = sorted(known)
     entry["allOf"] = [
         _rule(family, operation)
