@@ -230,10 +230,10 @@ class MatrixProduct(Family):
         inputs: tuple[Argument, ...] = (shape.inputs, shape.batch, rows)
         if operation is Operation.FORWARD:
             # bfloat16 has room for any weight
-            scales: tuple[str, ...] = () if problem.table is TableDtype.BFLOAT16 else ("scales",)
-            located: tuple[str, ...] = ("weights", *scales)
+            powers: tuple[str, ...] = () if problem.table is TableDtype.BFLOAT16 else ("powers",)
+            located: tuple[str, ...] = ("weights", *powers)
             workspaces.append(Workspace("weights", self._weights(problem, parameters)))
-            workspaces.extend(Workspace(name, 4 * samples * grid[2]) for name in scales)
+            workspaces.extend(Workspace(name, 4 * samples * grid[2]) for name in powers)
             made = (*inputs, int(parameters["slice"]), *strides("x"))
             blocks = (samples // _STEP, rows // int(parameters["pairs"]), 1)
             steps.append(Launch("lmkan_make_weights", ("x", "borders", *located, *made), blocks, _THREADS))
@@ -259,10 +259,10 @@ class MatrixProduct(Family):
             ends = ("planes", "y", shape.outputs, shape.batch, grid[2])
         elif operation is Operation.GRAD_INPUT:
             grid = (grid[0], grid[1], parts)
-            split = ("gradients", "scales")
+            split = ("gradients", "powers")
             workspaces += [
                 Workspace("gradients", 4 * parts * part * samples),
-                Workspace("scales", 4 * parts * samples),
+                Workspace("powers", 4 * parts * samples),
             ]
             whole = (shape.outputs, shape.batch, part, *strides("grad"))
             blocks = (samples // _STEP, parts, 1)
