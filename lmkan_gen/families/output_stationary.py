@@ -173,9 +173,8 @@ class OutputStationary(Family):
         """Registers by which what was never compiled has to stay below its limit."""
         if problem.operation is Operation.GRAD_INPUT:
             pairs, outs, *_ = _values(parameters)
-            return (24 if problem.table is TableDtype.FLOAT32 else 32) + 16 * lanes.is_partial(
-                problem, pairs, outs
-            )
+            few = problem.table is TableDtype.FLOAT32 and not _is_later(problem)
+            return (24 if few else 32) + 16 * lanes.is_partial(problem, pairs, outs)
         return {TableDtype.FLOAT32: 16, TableDtype.INT8: 8}.get(problem.table, 0)
 
     def preference(self, problem: Problem) -> float:
@@ -204,7 +203,8 @@ class OutputStationary(Family):
     def _default_candidates(problem: Problem) -> Iterator[dict[str, Constant]]:
         """What never needs more registers than there are: whole rows, read word by word."""
         forward, is_float = problem.operation is Operation.FORWARD, problem.table is TableDtype.FLOAT32
-        tiles = product((2, 4, 8), (8, 16, 32)) if forward else product((4, 8), (4, 8, 16))
+        widest = 8 if _is_later(problem) else 16
+        tiles = product((2, 4, 8), (8, 16, 32)) if forward else product((4, 8), (4, 8, widest))
         several = (1, 2, 3, 4, 6, 8) if forward else (1, 2, 3, 4)
         for (pairs, outs), samples, threads in product(tiles, several, (256, 384, 512)):
             if lanes.half_rows(problem, pairs, outs):
@@ -333,6 +333,11 @@ def _most_together(problem: Problem, parameters: Parameters) -> int:
     """Tiles that blocks can be at together."""
     tiles, _ = _tiles(problem, int(parameters["pairs"]), int(parameters["outs"]))
     return min(tiles, _blocks(problem, parameters))
+
+
+def _is_later(problem: Problem) -> bool:
+    """Whether the architecture is one after Hopper, for which ptxas takes more registers."""
+    return problem.device.compute_capability >= 100
 
 
 def _vector(parameters: Parameters) -> int:
