@@ -34,6 +34,8 @@ SHAPES = (
 )
 #: random candidates of each family, operation and shape to choose from, and how many are taken anyway
 POOL, TAKEN = 100, 1
+#: points of a space that are looked at for them
+DRAWN = 2000
 SHIPPED = [p for p in sorted(resource_directory("tuning").glob("*.yaml")) if "arch: sm_" in p.read_text()]
 
 #: the first of the two predicates that it writes is one that can be read
@@ -111,9 +113,11 @@ def select(arch: str) -> Selected:
                 )
                 if not strided and (parameters := family.default(problem)) is not None:
                     defaults.add(family.spec(problem, parameters))
-                candidates = family.candidates(problem)
-                random.shuffle(candidates)
-                feasible = (c for c in candidates if not family.violations(problem, c))
+                space = family.space(operation)
+                points = (
+                    {name: random.choice(values) for name, values in space.items()} for _ in range(DRAWN)
+                )
+                feasible = (p for p in points if not family.violations(problem, p))
                 for i, candidate in enumerate(islice(feasible, POOL)):
                     spec = family.spec(problem, candidate)
                     found = RECORDER.features(spec)
@@ -157,7 +161,7 @@ def check_no_wrong_clamps(binaries: Mapping[KernelSpec, toolchain.Binary]) -> No
     wrong = [
         f"{spec.template} for {spec.arch} with {', '.join(f'{k}={v}' for k, v in spec.constants)}"
         for spec, binary in binaries.items()
-        if int(spec.arch.removeprefix("sm_")) >= 90 and CLAMP_WITH_PREDICATE.search(toolchain.sass(binary))
+        if CLAMP_WITH_PREDICATE.search(toolchain.sass(binary))
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -185,7 +189,9 @@ def test_every_variant_compiles_and_defaults_do_not_spill(arch: str) -> None:
     selected = select(arch)
     binaries = build(selected.defaults | selected.others)
     check_no_spills({spec: binaries[spec] for spec in selected.defaults})
-    check_no_wrong_clamps(binaries)
+    if arch == "sm_90":  # disassembling takes longer than compiling: one kernel of each kind
+        kinds = {(s.template, s.context["operation"], s.context.get("table")): s for s in selected.defaults}
+        check_no_wrong_clamps({spec: binaries[spec] for spec in kinds.values()})
 
 
 @pytest.mark.slow
