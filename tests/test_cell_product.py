@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmkan_gen import device as devices
 from lmkan_gen.device import models, target
-from lmkan_gen.families import Parameters, family
+from lmkan_gen.families import Parameters, cells, family
 from lmkan_gen.plan import Launch
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.selection import select
@@ -41,7 +41,6 @@ CASES: list[tuple[Operation, TableDtype, LayerShape, dict[str, int], int, str]] 
     (BACKWARD, FLOAT16, LayerShape(6, 600, 4, 200), {"vector": 2, "stages": 2}, MIB, "batch_last"),
     (BACKWARD, FLOAT16, LayerShape(8, 130, 5, 1300), {"vector": 4}, 500_000, "batch_last"),
     (GRAD_INPUT, BFLOAT16, LayerShape(40, 70, 4, 600), {"items": 128}, 46 * MIB, "batch_last"),
-    (BACKWARD, FLOAT16, LayerShape(5, 70, 4, 1100), {"items": 128}, 30 * MIB, "batch_first"),
 ]
 
 
@@ -71,7 +70,7 @@ def test_right_in_emulation(
         emulation.check_early_starts(spec, plan, emulated, {**inputs, **outputs}, inputs)
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from([BACKWARD, GRAD_INPUT, GRAD_TABLE]),
     st.integers(1, 9),
@@ -103,9 +102,10 @@ def test_weights_beyond_what_float16_holds(emulated: Path, table: TableDtype) ->
         assert difference < (1e-3 if table is FLOAT16 else 8e-3)
 
 
-def test_samples_of_a_bucket_may_come_in_any_order(emulated: Path) -> None:
+def test_samples_of_a_bucket_may_come_in_any_order(emulated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buckets of the sort have several cells where a grid is fine; windows then go to and fro."""
-    problem = Problem(BACKWARD, LayerShape(2, 4, 130, 300), GPU, FLOAT16)
+    monkeypatch.setattr(cells, "_MAX_BUCKETS", 1024)
+    problem = Problem(BACKWARD, LayerShape(2, 4, 40, 300), GPU, FLOAT16)
     assert FAMILY.spec(problem, PARAMETERS).context["shift"] == 1
     case = make_case(BACKWARD, problem.shape, CPU, spread=0.05, most=300, table=FLOAT16)
     case.check(emulation.prepare(FAMILY, problem, PARAMETERS, emulated), "fine grid")
