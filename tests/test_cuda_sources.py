@@ -183,7 +183,9 @@ def test_nothing_is_left_out() -> None:
 @pytest.mark.parametrize("arch", CUDA_ARCHITECTURES)
 def test_every_variant_compiles_and_defaults_do_not_spill(arch: str) -> None:
     selected = select(arch)
-    binaries = build(selected.defaults | selected.others)
+    # sources for these are those for sm_80, with defaults for less shared memory
+    others = frozenset() if arch in ("sm_86", "sm_89") else selected.others
+    binaries = build(selected.defaults | others)
     check_no_spills({spec: binaries[spec] for spec in selected.defaults})
     if arch == "sm_90":
         check_no_wrong_clamps({spec: binaries[spec] for spec in selected.defaults})
