@@ -156,8 +156,8 @@ def check_no_wrong_clamps(binaries: Mapping[KernelSpec, toolchain.Binary]) -> No
     kinds = {(s.template, s.context.get("operation"), s.context.get("table")): s for s in binaries}
     wrong = [
         f"{spec.template} for {spec.arch} with {', '.join(f'{k}={v}' for k, v in spec.constants)}"
-        for spec, binary in ((spec, binaries[spec]) for spec in kinds.values())
-        if CLAMP_WITH_PREDICATE.search(toolchain.sass(binary))
+        for spec in kinds.values()
+        if CLAMP_WITH_PREDICATE.search(toolchain.sass(binaries[spec]))
     ]
     assert not wrong, "\n".join(wrong)
 

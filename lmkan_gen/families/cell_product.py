@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families import cells
 from lmkan_gen.families.base import Family, Parameters, Violation
+from lmkan_gen.families.lanes import WARP
 from lmkan_gen.plan import Constant, KernelSpec, LaunchPlan
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
@@ -54,7 +55,7 @@ class CellProduct(Family):
     @staticmethod
     def _shared_memory(walk: cells.Walk, stages: int) -> int:
         """Bytes of a walking block: records, slopes, and of each warp the gradients of some steps."""
-        gradients = cells.VALUE_BYTES[walk.problem.table] * cells.WARP * walk.vector * _STEP
+        gradients = cells.VALUE_BYTES[walk.problem.table] * WARP * walk.vector * _STEP
         return walk.walk_memory + walk.warps * stages * gradients
 
     def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
@@ -69,11 +70,11 @@ class CellProduct(Family):
             found.append(
                 Violation("deterministic", "segments add to the same coefficients in an order that varies")
             )
-        if walk.lanes < cells.WARP:
+        if walk.lanes < WARP:
             found.append(
                 Violation(
                     "tile",
-                    f"vector={walk.vector} gives a warp {cells.WARP * walk.vector} outputs, "
+                    f"vector={walk.vector} gives a warp {WARP * walk.vector} outputs, "
                     f"of {problem.shape.outputs} it would have half or less",
                 )
             )
@@ -87,11 +88,9 @@ class CellProduct(Family):
                     f"{device.shared_memory_per_block} per block, {most} in all",
                 )
             )
-        with_table = problem.operation is not Operation.GRAD_INPUT
-        with_input = problem.operation is not Operation.GRAD_TABLE
         # sums and coefficients of a window; records, addresses and weights
-        kept = (8 * with_table + 4 * with_input) * walk.vector + 50
-        limit = registers_per_thread(blocks * cells.WARP * walk.warps)
+        kept = (8 * walk.with_table + 4 * walk.with_input) * walk.vector + 50
+        limit = registers_per_thread(blocks * WARP * walk.warps)
         if kept > limit:
             found.append(
                 Violation(
@@ -107,14 +106,10 @@ class CellProduct(Family):
         shape = problem.shape
         # finer grids need more samples in a chunk for windows to have steps of them
         sizes = tuple(s for s in (256, 128, 64, 32, 16, 8, 4, 2, 1) if s <= 16 or 350 * s < 16 * shape.knots)
-        warps_wanted = 16 * problem.device.multiprocessors
         for vector in (4, 2, 1):
             for items in sizes:
-                walk = cells.Walk(problem, items, vector, cells.WARP)
-                runs = shape.pairs * walk.padded // (cells.WARP * vector)
-                samples = min(shape.batch, walk.chunk)
-                enough = [s for s in (512, 256, 128) if runs * -(-samples // s) >= warps_wanted]
-                for segment in (*enough, 64):
+                walk = cells.Walk(problem, items, vector, WARP)
+                for segment in (*walk.filling((512, 256, 128)), 64):
                     parameters = {"items": items, "segment": segment, "vector": vector, "stages": 2}
                     for blocks in (2, 1):
                         if not self.violations(problem, parameters | {"blocks": blocks}):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families import cells
 from lmkan_gen.families.base import Family, Parameters, Violation
+from lmkan_gen.families.lanes import WARP
 from lmkan_gen.plan import Constant, KernelSpec, LaunchPlan
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
@@ -53,10 +54,8 @@ class CellSorted(Family):
         """See base class."""
         device = problem.device
         walk, unroll, blocks = _values(problem, parameters)
-        with_input = problem.operation is not Operation.GRAD_TABLE
-        with_table = problem.operation is not Operation.GRAD_INPUT
         found = walk.violations()
-        if walk.lanes < 2 * unroll * with_input:
+        if walk.lanes < 2 * unroll * walk.with_input:
             found.append(
                 Violation(
                     "lanes",
@@ -74,10 +73,12 @@ class CellSorted(Family):
                 )
             )
         asked = 2 * unroll * cells.VALUE_BYTES[problem.table] / 4
-        kept = (asked + 4 * with_table + 3 * with_input) * walk.vector + 2 * unroll * with_input
+        kept = (
+            asked + 4 * walk.with_table + 3 * walk.with_input
+        ) * walk.vector + 2 * unroll * walk.with_input
         # addresses and weights; before sm_90 additions are single, each with an address of its own
         kept += 24 if device.compute_capability >= 90 else 40
-        limit = registers_per_thread(blocks * cells.WARP * walk.warps)
+        limit = registers_per_thread(blocks * WARP * walk.warps)
         if kept > limit:
             found.append(
                 Violation(
@@ -93,14 +94,11 @@ class CellSorted(Family):
         shape = problem.shape
         # finer grids need more samples in a chunk for runs of equal cells
         sizes = tuple(s for s in (64, 32, 16, 8, 4, 2, 1) if s <= 8 or 1000 * s < 16 * shape.knots)
-        warps_wanted = 16 * problem.device.multiprocessors
-        outputs = max(shape.outputs, cells.WARP)
+        outputs = max(shape.outputs, WARP)
         for vector in (v for v in (8, 4, 2, 1) if v == 1 or _LEAST_LANES * v <= outputs):
             for items in sizes:
-                walk = cells.Walk(problem, items, vector, cells.WARP)
-                runs = shape.pairs * walk.padded // (cells.WARP * vector)
-                samples = min(shape.batch, walk.chunk)
-                enough = [s for s in (512, 256, 128, 64) if runs * -(-samples // s) >= warps_wanted]
+                walk = cells.Walk(problem, items, vector, WARP)
+                enough = walk.filling((512, 256, 128, 64))
                 # in a fixed order, short segments may need more scratch memory than there is
                 for segment in (*enough, 32, *(_SEGMENTS if walk.ordered else ())):
                     parameters = {

@@ -7,19 +7,20 @@ outputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
 from lmkan_gen.families.base import Violation
+from lmkan_gen.families.lanes import WARP
 from lmkan_gen.plan import Argument, Constant, Fill, Launch, LaunchPlan, Workspace, strides
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
-WARP = 32
-SORT_THREADS = 1024
+_SORT_THREADS = 1024
 #: of an output gradient or a coefficient, which are rounded together
 VALUE_BYTES = {TableDtype.FLOAT32: 4, TableDtype.FLOAT16: 2, TableDtype.BFLOAT16: 2}
-RECORD_BYTES = 16
+_RECORD_BYTES = 16
 _BLOCK_WARPS = 8
 _MAX_BUCKETS = 16384  # counters of a sort, 64 KiB
 #: chunks of so many items are so long that not all outputs' gradients may have room
@@ -71,9 +72,19 @@ class Walk:
     asked_segment: int
 
     @property
+    def with_table(self) -> bool:
+        """Whether the table's gradient is computed."""
+        return self.problem.operation is not Operation.GRAD_INPUT
+
+    @property
+    def with_input(self) -> bool:
+        """Whether the input's gradient is computed."""
+        return self.problem.operation is not Operation.GRAD_TABLE
+
+    @property
     def ordered(self) -> bool:
         """Whether sums over samples need a fixed order. Input gradients have none of those."""
-        return self.problem.deterministic and self.problem.operation is not Operation.GRAD_INPUT
+        return self.problem.deterministic and self.with_table
 
     @property
     def segment(self) -> int:
@@ -83,7 +94,7 @@ class Walk:
     @property
     def chunk(self) -> int:
         """Samples that are sorted together."""
-        return SORT_THREADS * self.items
+        return _SORT_THREADS * self.items
 
     @property
     def lanes(self) -> int:
@@ -122,14 +133,16 @@ class Walk:
         return _BLOCK_WARPS // self.out_warps * self.out_warps
 
     @property
-    def runs(self) -> int:
-        """Runs of samples in a walking block, counted once for each warp along the outputs."""
-        return self.warps * (WARP // self.lanes)
-
-    @property
     def segments(self) -> int:
         """Segments of a walking block."""
         return self.warps // self.out_warps * (WARP // self.lanes)
+
+    def filling(self, segments: Iterable[int]) -> list[int]:
+        """Those lengths of segments that leave enough warps for every multiprocessor."""
+        shape = self.problem.shape
+        runs = shape.pairs * self.padded // (WARP * self.vector)
+        samples, wanted = min(shape.batch, self.chunk), 16 * self.problem.device.multiprocessors
+        return [s for s in segments if runs * -(-samples // s) >= wanted]
 
     @property
     def shift(self) -> int:
@@ -141,8 +154,8 @@ class Walk:
     @property
     def walk_memory(self) -> int:
         """Bytes of shared memory of a block's records, and of slopes: two numbers a sample and warp."""
-        with_input = self.problem.operation is not Operation.GRAD_TABLE
-        return self.segments * self.segment * RECORD_BYTES + with_input * self.runs * self.segment * 8
+        slopes = 8 * self.out_warps * self.with_input
+        return self.segments * self.segment * (_RECORD_BYTES + slopes)
 
     @property
     def _edges(self) -> int:
@@ -162,14 +175,14 @@ class Walk:
         grids = self.problem.shape.grids
         if not self.ordered:
             return 4 * ((self.problem.shape.knots >> self.shift) + 1 + grids + 1)
-        counts = SORT_THREADS // WARP * (grids | 1)
+        counts = _SORT_THREADS // WARP * (grids | 1)
         # beside the counts: totals, knots, and two 16-bit numbers a sample
         return 4 * (counts + grids + grids + 1 + self.chunk)
 
     def _scratch(self, pairs: int, slices: int = 1) -> int:
         """Bytes of one chunk's records, of so many pairs, and a slice's gradients (packed tables on top)."""
         gradients = VALUE_BYTES[self.problem.table] * self.padded // slices
-        return self.chunk * (RECORD_BYTES * pairs + gradients)
+        return self.chunk * (_RECORD_BYTES * pairs + gradients)
 
     def violations(self) -> list[Violation]:
         """Why the samples cannot or should not be walked like this."""
@@ -181,8 +194,7 @@ class Walk:
                 Violation("architecture", f"bfloat16 needs sm_80 or newer, {device.name} is {device.arch}")
             )
         # two numbers may be added to zero in any order
-        with_input = problem.operation is not Operation.GRAD_TABLE
-        if problem.deterministic and with_input and self.out_blocks > 2:
+        if problem.deterministic and self.with_input and self.out_blocks > 2:
             found.append(
                 Violation(
                     "deterministic",
@@ -254,7 +266,7 @@ class Walk:
                 fits = (s for s in range(1, blocks) if blocks % s == 0 and 2 * self._scratch(0, s) <= limit)
                 slices = next(fits, blocks)
                 left = limit - self._scratch(0, slices)
-                slabs = -(-shape.pairs // max(1, left // (self.chunk * RECORD_BYTES)))
+                slabs = -(-shape.pairs // max(1, left // (self.chunk * _RECORD_BYTES)))
                 return _Division(-(-shape.pairs // slabs), 1, 1, slices)
             slab = max(1, min(limit // scratch, most))
             return _Division(shape.pairs, slab, slab)
@@ -282,7 +294,6 @@ class Walk:
             walk_memory: bytes of shared memory of a walking block.
         """
         problem, shape, operation = self.problem, self.problem.shape, self.problem.operation
-        with_table, with_input = operation is not Operation.GRAD_INPUT, operation is not Operation.GRAD_TABLE
         chunk, padded, division = self.chunk, self.padded, self._division
         coefficients = padded * shape.knots * shape.pairs
         value_bytes = VALUE_BYTES[problem.table]
@@ -290,21 +301,21 @@ class Walk:
         slab = min(chunk * division.slab, -(-shape.batch // chunk) * chunk)
         width = padded // division.slices
         workspaces = [
-            Workspace("records", RECORD_BYTES * division.pairs * slab),
+            Workspace("records", _RECORD_BYTES * division.pairs * slab),
             Workspace("gradients", value_bytes * width * (min(slab, shape.batch) + 1)),
         ]
         steps: list[Fill | Launch] = []
         sizes = (shape.pairs, shape.outputs, padded)
         # what has nothing to do with the first slab's samples; the kernels of either overlap
         first_steps: list[Fill | Launch] = []
-        if with_table:
+        if self.with_table:
             workspaces.append(Workspace("sums", 4 * coefficients * division.copies * division.planes))
             first_steps.append(Fill("sums"))
         edges = 0
         if self.ordered:
             edges = self._edge_bytes * min(division.together, -(-shape.batch // chunk))
             workspaces.append(Workspace("edges", edges))
-        if with_input:
+        if self.with_input:
             workspaces.append(Workspace("packed", value_bytes * coefficients))
             # all of the padded outputs are read, so all of them are written
             grid = (shape.knots, padded // 32, -(-shape.pairs // 32))
@@ -327,7 +338,7 @@ class Walk:
                         "lmkan_sort_samples",
                         ("x", "borders", "records", *samples, reused),
                         (pairs, chunks, 1),
-                        SORT_THREADS,
+                        _SORT_THREADS,
                         self._sort_memory,
                     )
                 )
@@ -346,9 +357,9 @@ class Walk:
             for skipped in range(0, chunks, division.together):
                 walked = min(division.together, chunks - skipped)
                 arguments: list[Argument] = ["records", "gradients"]
-                if with_input:
+                if self.with_input:
                     arguments += ["packed", "borders", "grad_x", *(batch or strides("grad_x")), first]
-                if with_table:
+                if self.with_table:
                     arguments += ["sums"]
                 copy = 0 if division.planes > 1 else first // chunk + skipped
                 upper = (shape.grids + 1) * padded + (division.planes - 1) * coefficients
@@ -377,7 +388,7 @@ class Walk:
                             128,
                         )
                     )
-        if with_table:
+        if self.with_table:
             copies = (division.copies * division.planes,) if self.ordered else ()
             steps.append(Launch("lmkan_unpack_table", ("sums", "grad_table", *sizes, *copies), tiles, 256))
         return LaunchPlan(tuple(workspaces), tuple(steps))

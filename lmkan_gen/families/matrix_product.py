@@ -11,7 +11,7 @@ from itertools import product
 from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Family, Parameters, Violation
-from lmkan_gen.plan import Argument, Constant, Fill, KernelSpec, Launch, LaunchPlan, Workspace, strides
+from lmkan_gen.plan import Argument, Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
 _STEP = 16  # pairs, or outputs, of a piece of a table
@@ -122,7 +122,7 @@ class MatrixProduct(Family):
         if max(rest) > _MAX_GRID:
             found.append(Violation("grid", f"{rest} blocks, at most {_MAX_GRID} fit a launch"))
         widest = max(shape.outputs, _padded(problem))
-        summed = widest * _batch_tiles(problem, parameters) * int(parameters["samples"])
+        summed = widest * _located_samples(problem, parameters)
         if -(-summed // _THREADS) > _MAX_BLOCKS:
             found.append(Violation("grid", f"samples x outputs or inputs exceed {_MAX_BLOCKS} blocks"))
         scratch = self._planes(problem, parameters) + self._weights(problem, parameters)
@@ -206,7 +206,7 @@ class MatrixProduct(Family):
         """Bytes of partial sums, of which each block writes its own."""
         if problem.operation is Operation.GRAD_TABLE:
             return 0
-        samples = _batch_tiles(problem, parameters) * int(parameters["samples"])
+        samples = _located_samples(problem, parameters)
         forward = problem.operation is Operation.FORWARD
         size = 4 * problem.shape.outputs if forward else 8 * _padded(problem)
         return self._grid(problem, parameters)[2] * samples * size
@@ -216,16 +216,16 @@ class MatrixProduct(Family):
         """Bytes of weights of all samples at all knots, in half precision: of float32 two parts of each."""
         if problem.operation is not Operation.FORWARD:
             return 0
-        samples = _batch_tiles(problem, parameters) * int(parameters["samples"])
+        samples = _located_samples(problem, parameters)
         return 4 // lanes.pack(problem) * problem.shape.knots * _padded(problem) * samples
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""
         shape, operation = problem.shape, problem.operation
-        rows, samples = _padded(problem), _batch_tiles(problem, parameters) * int(parameters["samples"])
+        rows, samples = _padded(problem), _located_samples(problem, parameters)
         grid = self._grid(problem, parameters)
         arguments: tuple[Argument, ...]
-        steps: list[Fill | Launch] = []
+        steps: list[Launch] = []
         workspaces: list[Workspace] = []
         inputs: tuple[Argument, ...] = (shape.inputs, shape.batch, rows)
         if operation is Operation.FORWARD:
@@ -292,6 +292,11 @@ def _padded(problem: Problem) -> int:
 def _batch_tiles(problem: Problem, parameters: Parameters) -> int:
     samples = int(parameters["samples"])
     return -(-problem.shape.batch // samples)
+
+
+def _located_samples(problem: Problem, parameters: Parameters) -> int:
+    """Samples in whole tiles."""
+    return _batch_tiles(problem, parameters) * int(parameters["samples"])
 
 
 FAMILY = MatrixProduct()

@@ -203,8 +203,8 @@ class OutputStationary(Family):
     def _default_candidates(problem: Problem) -> Iterator[dict[str, Constant]]:
         """What never needs more registers than there are: whole rows, read word by word."""
         forward, is_float = problem.operation is Operation.FORWARD, problem.table is TableDtype.FLOAT32
-        widest = 8 if _is_later(problem) else 16
-        tiles = product((2, 4, 8), (8, 16, 32)) if forward else product((4, 8), (4, 8, widest))
+        few = (4, 8) if _is_later(problem) else (4, 8, 16)
+        tiles = product((2, 4, 8), (8, 16, 32)) if forward else product((4, 8), few)
         several = (1, 2, 3, 4, 6, 8) if forward else (1, 2, 3, 4)
         for (pairs, outs), samples, threads in product(tiles, several, (256, 384, 512)):
             if lanes.half_rows(problem, pairs, outs):
