@@ -38,8 +38,6 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SHAPES = (LayerShape(34, 33, 9, 65), LayerShape(21, 19, 12, 333), LayerShape(64, 64, 8, 1100))
 #: what torch itself does counts for no tool; the driver is asked for functions that it may not have
 _HARMLESS = "cuGetProcAddress"
-#: random candidates looked at until enough of them fit
-_DRAWS = 2000
 
 
 def jobs(random: int, seed: int, only: Container[str]) -> Iterator[tuple[Problem, Family, Parameters]]:
@@ -53,12 +51,8 @@ def jobs(random: int, seed: int, only: Container[str]) -> Iterator[tuple[Problem
             default = family.default(problem)
             if default is not None:
                 yield problem, family, default
-            draw = Random(f"{seed} {problem} {family.name}")
-            space = family.space(operation)
-            points = ({name: draw.choice(values) for name, values in space.items()} for _ in range(_DRAWS))
-            fitting = (
-                p for p in points if not family.violations(problem, p) and not family.wasted(problem, p)
-            )
+            points = family.drawn(problem, Random(f"{seed} {problem} {family.name}"))
+            fitting = (p for p in points if not family.wasted(problem, p))
             yield from ((problem, family, parameters) for parameters in islice(fitting, random))
             ordered = replace(problem, deterministic=True)
             default = family.default(ordered)

@@ -24,7 +24,6 @@ from lmkan_gen.plan import KernelSpec
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.resources import resource_directory
 from lmkan_gen.tuning_file import load
-from tests.points import feasible
 
 #: large, small batch, few inputs with a fine grid, and partial tiles everywhere, the last pair too
 SHAPES = (
@@ -113,7 +112,7 @@ def select(arch: str) -> Selected:
                 if not strided and (parameters := family.default(problem)) is not None:
                     defaults.add(family.spec(problem, parameters))
                 usual = not deterministic and not strided
-                for i, candidate in enumerate(islice(feasible(family, problem, random), POOL)):
+                for i, candidate in enumerate(islice(family.drawn(problem, random), POOL)):
                     spec = family.spec(problem, candidate)
                     found = RECORDER.features(spec)
                     found |= {

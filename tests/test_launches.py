@@ -25,7 +25,6 @@ from lmkan_gen.problem import DEFAULT_WORKSPACE, LayerShape, Operation, Problem,
 from lmkan_gen.tuner.verify import make_case, make_inputs
 from tests import emulation, layouts
 from tests.emulation import OUTER, PRODUCT, SLOPES, STREAMED
-from tests.points import feasible
 
 GPU = devices.target("sm_90")
 #: so few multiprocessors that each block has several items of work
@@ -145,7 +144,7 @@ def test_every_kernel_lets_the_next_start_and_waits() -> None:
     for operation, table, deterministic in product(Operation, TableDtype, (False, True)):
         for kind in families("cuda", operation, table):
             problem = Problem(operation, shape, GPU, table, deterministic, constant=True)
-            fitting = list(feasible(kind, problem, Random(0)))
+            fitting = list(kind.drawn(problem, Random(0)))
             for parameters in fitting[:: max(1, len(fitting) // 4)]:
                 source = codegen.render(kind.spec(problem, parameters))
                 for kernel in source.split('extern "C" __global__')[1:]:

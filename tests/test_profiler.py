@@ -16,7 +16,6 @@ from lmkan_gen.device import target
 from lmkan_gen.families import families
 from lmkan_gen.plan import Fill, Launch
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
-from tests.points import feasible
 
 PERFORMANCE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 OPERATORS = {f"lmkan_gen::{name}" for name in ("forward", "backward", "hessian", "grad_hessian")}
@@ -37,7 +36,7 @@ def test_kernel_names_are_documented() -> None:
     for operation, table, deterministic in product(Operation, TableDtype, (False, True)):
         for family in families("cuda", operation, table):
             problem = Problem(operation, LayerShape(64, 128, 9, 4096), target("sm_90"), table, deterministic)
-            for parameters in feasible(family, problem, Random(0)):
+            for parameters in family.drawn(problem, Random(0)):
                 steps = family.plan(problem, parameters).steps
                 launched |= {s.kernel for s in steps if isinstance(s, Launch)}
                 launched |= {"lmkan_zero" for s in steps if isinstance(s, Fill)}

@@ -7,9 +7,10 @@ It is found by name; nothing else has to be edited to add one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from random import Random
 from typing import ClassVar, Literal
 
 from lmkan_gen.plan import Constant, KernelSpec, LaunchPlan
@@ -112,3 +113,11 @@ class Family(ABC):
         """Every point of the space, feasible or not, in a fixed order."""
         space = self.space(problem.operation)
         return [dict(zip(space, values, strict=True)) for values in product(*space.values())]
+
+    def drawn(self, problem: Problem, random: Random, draws: int = 2000) -> Iterator[dict[str, Constant]]:
+        """Points at random that can run, of so many that are drawn: spaces are long to list."""
+        space = self.space(problem.operation)
+        for _ in range(draws):
+            point = {name: random.choice(values) for name, values in space.items()}
+            if not self.violations(problem, point):
+                yield point
