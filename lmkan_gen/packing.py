@@ -32,6 +32,11 @@ WEIGHT_ONE = 512
 _BANKS = 32  # of shared memory
 T = TypeVar("T")
 _STREAMED = "stages_"
+_FRAGMENTS = "fragments_"
+#: what launch plans call the scales that belong to `fragments`
+FRAGMENT_SCALES = "fragment_scales"
+#: outputs and pairs that lie together in `fragments`
+_FRAGMENT_OUTPUTS, _FRAGMENT_PAIRS = 32, 16
 _HALF = {TableDtype.FLOAT16: torch.float16, TableDtype.BFLOAT16: torch.bfloat16}
 
 
@@ -216,6 +221,54 @@ def stages(
     return _once(words, stages_name(pairs, width, vector), arrange, fixed)
 
 
+def fragments_name(pairs: int) -> str:
+    """What launch plans call a table in the layout of `fragments`."""
+    return f"{_FRAGMENTS}{pairs}"
+
+
+def fragments(words: Tensor, scales: Tensor, pairs: int, fixed: bool = False) -> tuple[Tensor, Tensor]:
+    """An int8 table in the order in which lanes of tensor cores need it, a byte a coefficient.
+
+    Done once for as long as ``words`` lives and is not written to, like `packed`.
+
+    Args:
+        words: int32 ``[G, G, O, P]``, cells of a packed table.
+        scales: float32 ``[ceil(P/8), O]``.
+        pairs: input pairs in a part, ``16 H``.
+        fixed: as `stages` has it.
+
+    Returns:
+        uint8 ``[ceil(O/32), ceil(P/pairs), 1 + (G+1)^2, H, 32, 16]``, and float32 ``[O]``: the largest scale
+        of each output. Lane ``4 g + t`` has in byte ``4 w + p`` the coefficient of output ``g + 8 w`` and
+        pair ``4 t + p`` plus 128, beyond the edges that of zero. Before the knots it has for each ``w`` two
+        float16 numbers, ``r`` and ``-128 2^-24 r``, with ``r`` 2^15 times the scale in units of the largest:
+        a byte read as a float16 number is 2^-24 of it, so that one multiplication and addition makes the
+        coefficient, in units of the largest scale, times 2^-9.
+    """
+    halves = pairs // _FRAGMENT_PAIRS
+
+    def arrange() -> tuple[Tensor, Tensor]:
+        values = corners(words).flatten(0, 1)
+        knots, outputs, all_pairs = values.shape
+        blocks, parts = -(-outputs // _FRAGMENT_OUTPUTS), -(-all_pairs // pairs)
+        made = words.new_empty((blocks, parts, 1 + knots, halves, 8, 4, 4, 4), dtype=torch.uint8)
+        edges = (0, parts * pairs - all_pairs, 0, blocks * _FRAGMENT_OUTPUTS - outputs)
+        padded = torch.nn.functional.pad(values, edges).view(torch.uint8).bitwise_xor_(128)
+        of_lanes = padded.view(knots, blocks, 4, 8, parts, halves, 4, 4)
+        made[:, :, 1:] = of_lanes.permute(1, 4, 0, 5, 3, 6, 2, 7)
+
+        largest = scales.amax(0)
+        factors = (scales / largest * 2.0**15).half()
+        both = torch.stack((factors, (factors * -(2.0**-17))), dim=-1).view(torch.int32).squeeze(-1)
+        groups = parts * pairs // SCALE_PAIRS
+        both = torch.nn.functional.pad(both, (0, edges[3], 0, groups - len(scales)))
+        of_groups = both.view(parts, halves, 2, blocks, 4, 8).permute(3, 0, 1, 5, 2, 4)
+        made[:, :, 0] = of_groups.repeat_interleave(2, dim=4).unsqueeze(-1).view(torch.uint8)
+        return made.flatten(4, 5).flatten(5, 6), largest
+
+    return _once(words, fragments_name(pairs), arrange, fixed)
+
+
 def packed(table: Tensor, dtype: TableDtype) -> PackedTable:
     """`pack`, done once for as long as the table lives and is not written to.
 
@@ -282,17 +335,21 @@ def arranged(
     """
     forms: dict[str, Tensor] = {}
     streamed = [name for name in reads if name.startswith(_STREAMED)]
+    in_fragments = [name for name in reads if name.startswith(_FRAGMENTS)]
     narrow = dtype is not TableDtype.FLOAT32
     if "rows" in reads and "rows" not in buffers:
         forms["rows"] = rows(buffers["table"] if table is None else table, dtype)
-    if ("words" in reads or (streamed and narrow)) and "words" not in buffers:
+    if ("words" in reads or in_fragments or (streamed and narrow)) and "words" not in buffers:
         forms |= (table or packed(buffers["table"], dtype)).buffers()
     if ("table" in reads or (streamed and not narrow)) and "table" not in buffers and table is not None:
         forms["table"] = unpack(table)
+    fixed = table is not None or "words" in buffers
+    known = {**buffers, **forms}
     for name in streamed:
-        known = {**buffers, **forms}
         pairs, width, vector = (int(number) for number in name.removeprefix(_STREAMED).split("_"))
-        fixed = table is not None or "words" in buffers
         source = known["words" if narrow else "table"]
         forms[name] = stages(source, known.get("scales"), pairs, width, vector, fixed)
+    for name in in_fragments:
+        pairs = int(name.removeprefix(_FRAGMENTS))
+        forms[name], forms[FRAGMENT_SCALES] = fragments(known["words"], known["scales"], pairs, fixed)
     return {**buffers, **forms} if forms else buffers

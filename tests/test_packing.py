@@ -111,6 +111,56 @@ def test_int8_error_of_smooth_functions(grids: int) -> None:
     assert (rounded - y).norm() <= 0.01 * y.norm()
 
 
+@given(SIZES, st.sampled_from([16, 32]))
+@settings(max_examples=30, deadline=None)
+def test_fragments_hold_each_coefficient_once(sizes: tuple[int, int, int], pairs: int) -> None:
+    """Where its lane looks for it, with the ratio of its scale; zeros beyond the edges."""
+    grids, outputs, all_pairs = sizes[0], 9 * sizes[1], 3 * sizes[2]
+    t = table(grids, outputs, all_pairs) * 10 ** torch.empty(all_pairs).uniform_(-1, 1)
+    t *= 10 ** torch.empty(outputs, 1).uniform_(-20, 20)
+    packed = packing.pack(t, TableDtype.INT8)
+    assert packed.scales is not None
+    made, largest = packing.fragments(packed.words, packed.scales, pairs)
+    knots = (grids + 1) ** 2
+    assert made.shape == (-(-outputs // 32), -(-all_pairs // pairs), 1 + knots, pairs // 16, 32, 16)
+    assert torch.equal(largest, packed.scales.amax(0))
+
+    o, p = torch.meshgrid(torch.arange(outputs), torch.arange(all_pairs), indexing="ij")
+    lane, word = o % 8 * 4 + p % 16 // 4, o % 32 // 8
+    of_lanes = made[o // 32, p // pairs, :, p % pairs // 16, lane]  # [O, P, 1 + knots, 16]
+    numbers = of_lanes[:, :, 0].view(torch.float16)
+    ratio, addend = (numbers.gather(2, (2 * word + k).unsqueeze(2)) for k in (0, 1))
+    at = (4 * word + p % 4)[:, :, None, None].expand(-1, -1, knots, 1)
+    bytes_ = of_lanes[:, :, 1:].gather(3, at).squeeze(3)
+    values = packing.corners(packed.words).flatten(0, 1).permute(1, 2, 0)
+    assert torch.equal(bytes_.short() - 128, values.short())
+    assert int((made[:, :, 1:] != 128).sum()) == int((values != 0).sum())
+
+    # as tensor cores get them: of float16 numbers with the bits of these bytes
+    products = bytes_.short().view(torch.float16).double() * ratio.double() + addend.double()
+    found = (products * 2**9 * largest[:, None, None]).permute(2, 0, 1).view(t.shape)
+    expected = packing.unpack(packed)
+    assert ((found - expected).abs() <= 2**-11 * expected.abs() + 1e-6 * largest[:, None]).all()
+
+
+def test_fragments_are_made_once_until_the_table_changes() -> None:
+    t = table()
+    packed = packing.pack(t, TableDtype.INT8)
+    names = ["fragments_16", packing.FRAGMENT_SCALES]
+    forms = packing.arranged({}, names, TableDtype.INT8, packed)
+    assert set(names) <= forms.keys()
+    for buffers in (packed.buffers(), {"table": t}):
+        again = packing.arranged(buffers, names, TableDtype.INT8)
+        for name in names:
+            assert torch.equal(again[name], forms[name])
+            assert (again[name] is forms[name]) is ("words" in buffers)
+    other = packing.arranged({}, ["fragments_32"], TableDtype.INT8, packed)["fragments_32"]
+    assert other.shape != forms["fragments_16"].shape
+    packed.words.zero_()
+    zeros = packing.arranged({}, names, TableDtype.INT8, packed)["fragments_16"]
+    assert (zeros[:, :, 1:] == 128).all()
+
+
 def test_packing_is_done_once_until_the_table_changes() -> None:
     t = torch.nn.Parameter(table())
     first = packing.packed(t, TableDtype.FLOAT16)
