@@ -209,6 +209,12 @@ inline uint16_t in_half(float v) {
     std::memcpy(&bits, &half, 2);
     return bits;
 }
+inline unsigned fused_in_half(unsigned two, unsigned factor_and_addend) {  // of both halves, rounded once
+    const float factor = part_in_half(factor_and_addend, 0), addend = part_in_half(factor_and_addend, 1);
+    unsigned both = 0;
+    for (int k = 0; k < 2; ++k) both |= unsigned(in_half(std::fma(part_in_half(two, k), factor, addend))) << 16 * k;
+    return both;
+}
 inline uint16_t in_bfloat(float v) {
     const unsigned bits = __float_as_uint(v);
     return v != v ? 0x7fff : uint16_t(bits + 0x7fff + (bits >> 16 & 1) >> 16);

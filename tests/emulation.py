@@ -59,6 +59,7 @@ _INSTRUCTIONS = {
     "cvt.f32.f16": "f = part_in_half(v, 0);",
     "cvt.rn.f16x2.f32": "both = unsigned(in_half(second)) << 16 | in_half(first);",
     "cvt.rn.bf16x2.f32": "both = unsigned(in_bfloat(second)) << 16 | in_bfloat(first);",
+    ".reg .b16 l, u;": "sums = fused_in_half(two, ratio);",
     "fence.mbarrier_init": ";",
     "mbarrier.init": "arrivals_of(barrier) = {0, unsigned(arrivals), 0};",
     "mbarrier.arrive.expect_tx": ";",  # the copy arrives

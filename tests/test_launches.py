@@ -61,6 +61,10 @@ EMULATED: list[
     ("cell_sorted", Operation.GRAD_TABLE, FLOAT32, {**SORTED, "vector": 2}, (3, 34, 4, 1030), False, 1),
     ("cell_sorted", Operation.BACKWARD, FLOAT32, {**SORTED, "segment": 256}, (2, 4, 8, 2300), True, 150_000),
     ("matrix_product", Operation.FORWARD, FLOAT32, PRODUCT, (35, 19, 4, 40), False, DEFAULT_WORKSPACE),
+    (
+        "matrix_product", Operation.FORWARD, INT8, {**PRODUCT, "tiles": 2}, (35, 19, 4, 40), False,
+        DEFAULT_WORKSPACE,
+    ),
     ("matrix_product", Operation.GRAD_INPUT, FLOAT32, SLOPES, (35, 70, 4, 40), False, DEFAULT_WORKSPACE),
     ("matrix_product", Operation.GRAD_TABLE, FLOAT32, OUTER, (35, 70, 4, 40), False, DEFAULT_WORKSPACE),
     ("hessian_marching", Operation.HESSIAN, FLOAT32, MARCHED, (6, 5, 4, 1), False, 1),

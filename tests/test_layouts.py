@@ -82,6 +82,7 @@ EMULATED: list[tuple[str, Operation, TableDtype, dict[str, Constant], tuple[int,
     ("cell_sorted", Operation.GRAD_TABLE, FLOAT32, SORTED, (3, 4, 1030)),  # two slabs
     ("matrix_product", Operation.FORWARD, FLOAT32, PRODUCT, (35, 9, 35)),
     ("matrix_product", Operation.FORWARD, TableDtype.FLOAT16, PRODUCT, (35, 9, 35)),
+    ("matrix_product", Operation.FORWARD, INT8, {**PRODUCT, "tiles": 2}, (35, 9, 35)),
     ("matrix_product", Operation.GRAD_INPUT, FLOAT32, SLOPES, (35, 9, 35)),
     ("matrix_product", Operation.GRAD_TABLE, FLOAT32, OUTER, (35, 9, 35)),
     ("row_gather", Operation.FORWARD, FLOAT32, {**ROWS, "slice": 16}, (35, 9, 5)),

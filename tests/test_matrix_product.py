@@ -24,11 +24,19 @@ FAMILY = family("matrix_product")
 GPU = target("sm_90")
 CPU = torch.device("cpu")
 FORWARD, GRAD_INPUT, GRAD_TABLE = Operation.FORWARD, Operation.GRAD_INPUT, Operation.GRAD_TABLE
-FLOAT32, FLOAT16, BFLOAT16 = TableDtype.FLOAT32, TableDtype.FLOAT16, TableDtype.BFLOAT16
+FLOAT32, FLOAT16 = TableDtype.FLOAT32, TableDtype.FLOAT16
+BFLOAT16, INT8 = TableDtype.BFLOAT16, TableDtype.INT8
 WIDE = LayerShape(4096, 4096, 4, 64)
 #: what GPUs are tried with
 VARIANTS: dict[Operation, list[tuple[int, ...]]] = {
-    FORWARD: [(64, 8, 2, 32, 128, 6), (32, 4, 1, 16, 64, 3), (128, 4, 1, 16, 32, 4), (64, 16, 1, 16, 64, 8)],
+    FORWARD: [
+        (64, 8, 2, 32, 128, 6),
+        (32, 4, 1, 16, 64, 3),
+        (128, 4, 1, 16, 32, 4),
+        (64, 16, 1, 16, 64, 8),
+        (64, 8, 4, 32, 128, 4),
+        (128, 4, 2, 16, 64, 8),
+    ],
     GRAD_INPUT: [(352, 64, 12, 3), (64, 32, 4, 6), (128, 64, 8, 4)],
     GRAD_TABLE: [(256, 64, 16, 2), (64, 32, 4, 1), (128, 128, 4, 1)],
 }
@@ -47,11 +55,14 @@ EMULATED: list[tuple[Operation, TableDtype, tuple[int, ...], tuple[int, int, int
     (FORWARD, FLOAT16, (32, 4, 1, 16, 32, 3), (80, 71, 3, 33)),
     (FORWARD, FLOAT16, (64, 4, 2, 32, 64, 4), (71, 29, 4, 65)),
     (FORWARD, BFLOAT16, (128, 4, 1, 16, 64, 4), (73, 30, 3, 40)),
+    (FORWARD, INT8, (32, 4, 2, 16, 32, 3), (80, 71, 3, 33)),
+    (FORWARD, INT8, (64, 4, 2, 32, 64, 8), (71, 29, 4, 65)),
+    (FORWARD, INT8, (32, 4, 4, 32, 64, 4), (135, 133, 4, 20)),  # the last warp has a block of 32 too many
 ]
 
 
 def problem(operation: Operation, table: TableDtype, shape: LayerShape, **more: bool | int) -> Problem:
-    return Problem(operation, shape, GPU, table, **more)  # type: ignore[arg-type]
+    return Problem(operation, shape, GPU, table, constant=True, **more)  # type: ignore[arg-type]
 
 
 def named(operation: Operation, values: tuple[int, ...]) -> dict[str, Constant]:
@@ -101,10 +112,13 @@ def test_any_width(
     case.check(emulate(asked, named(operation, values), directory), str(asked.shape))
 
 
-@pytest.mark.parametrize("operation", [FORWARD, GRAD_INPUT, GRAD_TABLE])
-def test_order_of_blocks_does_not_matter(directory: Path, operation: Operation) -> None:
+@pytest.mark.parametrize(
+    ("operation", "table"),
+    [(FORWARD, FLOAT32), (FORWARD, INT8), (GRAD_INPUT, FLOAT32), (GRAD_TABLE, FLOAT32)],
+)
+def test_order_of_blocks_does_not_matter(directory: Path, operation: Operation, table: TableDtype) -> None:
     """The same bits, whichever block comes first: every sum has one order."""
-    _, table, values, sizes = next(e for e in EMULATED if e[0] is operation)
+    _, _, values, sizes = next(e for e in EMULATED if e[:2] == (operation, table))
     asked, parameters = (
         problem(operation, table, LayerShape(*sizes), deterministic=True),
         named(operation, values),
@@ -120,10 +134,10 @@ def test_order_of_blocks_does_not_matter(directory: Path, operation: Operation) 
         assert torch.equal(first, results[1][name])
 
 
-@pytest.mark.parametrize("table", [FLOAT32, FLOAT16, BFLOAT16])
+@pytest.mark.parametrize("table", TableDtype)
 def test_far_samples_keep_their_weights(directory: Path, table: TableDtype) -> None:
     """Their products exceed float16 by far; and a NaN stays in its sample."""
-    values = (32, 4, 1, 16, 32, 3)
+    values = (32, 4, 2, 16, 32, 3)
     asked = problem(FORWARD, table, LayerShape(80, 9, 3, 6))
     inputs = make_inputs(FORWARD, asked.shape, CPU, seed=5, table=table)
     inputs["x"][0:2, 1] = torch.tensor([4000.0, -3000.0])
@@ -133,17 +147,17 @@ def test_far_samples_keep_their_weights(directory: Path, table: TableDtype) -> N
     expected = layouts.right(FORWARD, inputs)["y"]
     emulate(asked, named(FORWARD, values), directory)({**inputs, "y": y})
     assert y[:, 4].isnan().all()
-    limit = {FLOAT32: 5e-6, FLOAT16: 1e-3, BFLOAT16: 8e-3}[table]
+    limit = {FLOAT32: 5e-6, FLOAT16: 1e-3, BFLOAT16: 8e-3, INT8: 1e-3}[table]
     for sample in (0, 1, 2, 3, 5):
         difference = (y[:, sample] - expected[:, sample]).norm() / expected[:, sample].norm()
         assert difference <= limit, sample
 
 
-@pytest.mark.parametrize("operation", [FORWARD, GRAD_INPUT])
-def test_magnitudes_do_not_matter(directory: Path, operation: Operation) -> None:
-    """Float32 numbers are two of float16, which has 5 bits of exponent: powers of two change no other bit."""
-    _, _, values, sizes = next(e for e in EMULATED if e[0] is operation)
-    asked = problem(operation, FLOAT32, LayerShape(*sizes))
+@pytest.mark.parametrize(("operation", "table"), [(FORWARD, FLOAT32), (FORWARD, INT8), (GRAD_INPUT, FLOAT32)])
+def test_magnitudes_do_not_matter(directory: Path, operation: Operation, table: TableDtype) -> None:
+    """Factors are of float16, which has 5 bits of exponent: powers of two change no other bit."""
+    _, _, values, sizes = next(e for e in EMULATED if e[:2] == (operation, table))
+    asked = problem(operation, table, LayerShape(*sizes))
     inputs = make_inputs(operation, asked.shape, CPU, seed=7, spread=2.0)
     name, shape = ("y", (sizes[1], sizes[3])) if operation is FORWARD else ("grad_x", (sizes[0], sizes[3]))
     results = []
@@ -179,6 +193,23 @@ def test_magnitudes_may_vary(directory: Path, operation: Operation) -> None:
     assert error.max() <= 5e-6  # of each sample by itself
 
 
+def test_scales_of_bytes_may_vary(directory: Path) -> None:
+    """From 8 pairs to the next, and from output to output, of which each counts by itself."""
+    _, _, values, sizes = next(e for e in EMULATED if e[:2] == (FORWARD, INT8))
+    asked = problem(FORWARD, INT8, LayerShape(*sizes))
+    inputs = make_inputs(FORWARD, asked.shape, CPU, seed=9, spread=1.0)
+    torch.manual_seed(9)
+    table = inputs.pop("table")
+    table *= 10.0 ** torch.empty(table.shape[3]).uniform_(-3, 3)
+    table *= 10.0 ** torch.empty(sizes[1], 1).uniform_(-20, 20)
+    packed = packing.pack(table, INT8)
+    expected = layouts.right(FORWARD, {**inputs, "table": packing.unpack(packed)})["y"]
+    y = torch.full(expected.shape, torch.nan)
+    emulate(asked, named(FORWARD, values), directory)({**inputs, **packed.buffers(), "y": y})
+    error = (y.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() <= 1e-3
+
+
 def test_edges_of_cells(directory: Path) -> None:
     """On the knots, next to them, and beyond the outermost ones."""
     asked = problem(FORWARD, FLOAT32, LayerShape(2, 5, 4, 33))
@@ -196,6 +227,7 @@ def test_chosen_for_wide_layers_on_tiny_grids() -> None:
     for operation, table in (
         (FORWARD, FLOAT32),
         (FORWARD, FLOAT16),
+        (FORWARD, INT8),
         (GRAD_INPUT, FLOAT32),
         (GRAD_TABLE, FLOAT32),
     ):
@@ -216,6 +248,22 @@ def test_chosen_for_wide_layers_on_tiny_grids() -> None:
         for shape in (WIDE, replace(WIDE, inputs=3000)):
             choices = selection.select_backward(Problem(Operation.BACKWARD, shape, chip))
             assert [c.family for c in choices] == ["matrix_product", "matrix_product"]
+
+
+def test_bytes_are_for_forward_alone_and_for_tables_that_stay() -> None:
+    """A byte a knot: that is half of what the float16 form moves, and a quarter of cells with all corners."""
+    assert {o for o in FAMILY.operations if FAMILY.computes(o, INT8)} == {FORWARD}
+    asked = problem(FORWARD, INT8, WIDE)
+    parameters = FAMILY.default(asked)
+    assert parameters is not None
+    (name,) = FAMILY.plan(asked, parameters).buffers - {"x", "borders", "y", packing.FRAGMENT_SCALES}
+    assert name == packing.fragments_name(int(parameters["pairs"]))
+    changing = replace(asked, constant=False)
+    assert [v.limit for v in FAMILY.violations(changing, parameters)] == ["constant"]
+    assert FAMILY.default(changing) is None
+    odd = FAMILY.violations(asked, {**parameters, "tiles": 1})
+    assert [v.limit for v in odd] == ["tile"]
+    assert "tiles=1 is odd" in odd[0].message
 
 
 @pytest.mark.parametrize(
@@ -264,6 +312,7 @@ def test_wasted_candidates_are_not_tried() -> None:
         (FORWARD, FLOAT32),
         (FORWARD, FLOAT16),
         (FORWARD, BFLOAT16),
+        (FORWARD, INT8),
         (GRAD_INPUT, FLOAT32),
         (GRAD_TABLE, FLOAT32),
     ],
@@ -281,7 +330,7 @@ def test_right(operation: Operation, table: TableDtype, shape: LayerShape) -> No
     from lmkan_gen.launch import cuda
 
     device = torch.device("cuda", 0)
-    asked = Problem(operation, shape, devices.cuda(0), table)
+    asked = Problem(operation, shape, devices.cuda(0), table, constant=True)
     case = make_case(operation, shape, device, 1.5, 256, table)
     for values in VARIANTS[operation]:
         parameters = named(operation, values)

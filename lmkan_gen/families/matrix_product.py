@@ -11,6 +11,7 @@ from itertools import product
 from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Family, Parameters, Violation
+from lmkan_gen.packing import FRAGMENT_SCALES, fragments_name
 from lmkan_gen.plan import Argument, Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
@@ -25,7 +26,7 @@ _THREADS = 256  # of a block of what comes before and after
 
 
 class MatrixProduct(Family):
-    """Forward of float tables, wide or narrow, and both gradients, as dense products on tensor cores."""
+    """Forward of all tables and both gradients of float ones, as dense products on tensor cores."""
 
     name = "matrix_product"
     device_kind = "cuda"
@@ -34,15 +35,17 @@ class MatrixProduct(Family):
 
     def computes(self, operation: Operation, table: TableDtype) -> bool:
         """See base class."""
-        return operation in self.operations and table is not TableDtype.INT8
+        return operation in self.operations and (
+            operation is Operation.FORWARD or table is not TableDtype.INT8
+        )
 
     def space(self, operation: Operation) -> Mapping[str, tuple[Constant, ...]]:
         """See base class.
 
-        A block has a tile of ``samples``. Forward: its ``warps`` have ``tiles`` of 16 outputs each, and
-        make the weights of ``pairs`` together; it sums over a ``slice`` of the pairs. Gradients: it has the
-        gradients of ``outs`` outputs, a warp 16 pairs of inputs or ``tiles`` of 8. Copies of tables run
-        ahead by ``stages``.
+        A block has a tile of ``samples``. Forward: its ``warps`` have ``tiles`` of 16 outputs each, of int8
+        tables in twos, and make the weights of ``pairs`` together; it sums over a ``slice`` of the pairs.
+        Gradients: it has the gradients of ``outs`` outputs, a warp 16 pairs of inputs or ``tiles`` of 8.
+        Copies of tables run ahead by ``stages``.
         """
         if operation is Operation.FORWARD:
             return {
@@ -62,10 +65,11 @@ class MatrixProduct(Family):
         """Bytes of dynamic shared memory of one block."""
         samples, warps = int(parameters["samples"]), int(parameters["warps"])
         if problem.operation is Operation.FORWARD:
-            pack = lanes.pack(problem)
-            weights = 2 * (problem.shape.grids + 1) * int(parameters["pairs"]) // pack * samples
-            stage = _STEP * _STEP * int(parameters["tiles"]) // pack
-            return 4 * (weights + warps * int(parameters["stages"]) * stage)
+            pairs, tiles = int(parameters["pairs"]), int(parameters["tiles"])
+            weights = 4 * _parts(problem) * (problem.shape.grids + 1) * pairs * samples
+            # a stage has 16 pairs of a knot, of bytes all that weights are made of
+            size = {TableDtype.FLOAT32: 4, TableDtype.INT8: pairs // _STEP}.get(problem.table, 2)
+            return weights + warps * int(parameters["stages"]) * size * _STEP * _STEP * tiles
         outs = int(parameters["outs"])
         if problem.operation is Operation.GRAD_TABLE:
             return 8 * outs * samples
@@ -80,8 +84,9 @@ class MatrixProduct(Family):
         tiles = int(parameters["tiles"])
         if problem.operation is Operation.GRAD_TABLE:
             return tiles * samples // 2 + 8 * tiles + 48
-        if lanes.pack(problem) > 1:
-            return tiles * samples // 2 + samples // 4 + 28
+        if _parts(problem) == 1:
+            ratios = tiles * int(parameters["pairs"]) // 8 if problem.table is TableDtype.INT8 else 0
+            return tiles * samples // 2 + samples // 4 + ratios + 28
         return tiles * samples + samples // 2 + 28
 
     def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
@@ -91,6 +96,13 @@ class MatrixProduct(Family):
             why = f"tensor cores for float32 need sm_80 or newer, {device.name} is {device.arch}"
             return [Violation("architecture", why)]
         found = []
+        if problem.table is TableDtype.INT8:
+            if int(parameters["tiles"]) % 2:
+                why = f"int8 coefficients of 32 outputs lie together: tiles={parameters['tiles']} is odd"
+                found.append(Violation("tile", f"{why}, must be 2 or 4"))
+            if not problem.constant:
+                why = "int8 tables are arranged for tensor cores, which pays where they do not change"
+                found.append(Violation("constant", why))
         if shape.grids > _MAX_GRIDS:
             found.append(
                 Violation(
@@ -168,7 +180,9 @@ class MatrixProduct(Family):
     def _default_candidates(problem: Problem) -> Iterator[dict[str, Constant]]:
         samples = 64 if problem.shape.batch > lanes.WARP else lanes.WARP
         if problem.operation is Operation.FORWARD:
-            for pairs, warps, sliced, stages in product((32, 16), (8, 4), (256, 128, 64, 32, 512), (4, 3)):
+            # less time goes by per coefficient of a byte, so more of them have to be under way
+            ahead = (6, 4, 3) if problem.table is TableDtype.INT8 else (4, 3)
+            for pairs, warps, sliced, stages in product((32, 16), (8, 4), (256, 128, 64, 32, 512), ahead):
                 block: dict[str, Constant] = {"samples": samples, "warps": warps, "tiles": 2}
                 yield block | {"pairs": pairs, "slice": sliced, "stages": stages}
         elif problem.operation is Operation.GRAD_INPUT:
@@ -217,7 +231,7 @@ class MatrixProduct(Family):
         if problem.operation is not Operation.FORWARD:
             return 0
         samples = _located_samples(problem, parameters)
-        return 4 // lanes.pack(problem) * problem.shape.knots * _padded(problem) * samples
+        return 2 * _parts(problem) * problem.shape.knots * _padded(problem) * samples
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""
@@ -254,7 +268,10 @@ class MatrixProduct(Family):
         summed = 0
         ends: tuple[Argument, ...] = ()
         if operation is Operation.FORWARD:
-            arguments = (*lanes.table_buffers(problem), *located, "planes", *sizes, int(parameters["slice"]))
+            table = lanes.table_buffers(problem)
+            if problem.table is TableDtype.INT8:
+                table = (fragments_name(int(parameters["pairs"])), FRAGMENT_SCALES)
+            arguments = (*table, *located, "planes", *sizes, int(parameters["slice"]))
             summed = shape.outputs * samples
             ends = ("planes", "y", shape.outputs, shape.batch, grid[2])
         elif operation is Operation.GRAD_INPUT:
@@ -287,6 +304,11 @@ class MatrixProduct(Family):
 def _padded(problem: Problem) -> int:
     """Pairs that are located."""
     return -(-problem.shape.pairs // _PAD) * _PAD
+
+
+def _parts(problem: Problem) -> int:
+    """Numbers in half precision that a weight of forward is made of."""
+    return 2 if problem.table is TableDtype.FLOAT32 else 1
 
 
 def _batch_tiles(problem: Problem, parameters: Parameters) -> int:
