@@ -72,8 +72,21 @@ def strides(buffer: str) -> tuple[Stride, Stride]:
     return Stride(buffer, 0), Stride(buffer, 1)
 
 
-#: of a launch: a buffer's name, a number, or a stride
-Argument = str | int | Stride
+@dataclass(frozen=True)
+class TensorMap:
+    """A buffer of 32-bit words as hardware copies boxes out of it, passed by value (sm_90 and newer).
+
+    ``sizes`` are its dimensions and ``box`` is what one copy takes of them, both with the innermost first;
+    there are no gaps between rows.
+    """
+
+    buffer: str
+    sizes: tuple[int, ...]
+    box: tuple[int, ...]
+
+
+#: of a launch: a buffer's name, a number, a stride, or how a buffer lies
+Argument = str | int | Stride | TensorMap
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,8 @@ class Launch:
     """Start one kernel (CUDA) or call one function (CPU).
 
     ``arguments``: a string names a buffer, passed as its address; integers and strides are passed as
-    signed 64-bit integers. ``grid``, ``block`` and ``shared_memory`` (bytes) are for CUDA only.
+    signed 64-bit integers, tensor maps by value. ``grid``, ``block`` and ``shared_memory`` (bytes) are for
+    CUDA only.
     """
 
     kernel: str
@@ -113,7 +127,13 @@ class LaunchPlan:
     def buffers(self) -> frozenset[str]:
         """Names of the buffers that steps are given, but for workspaces: what the caller has to have."""
         given = frozenset(a for a in self._arguments if isinstance(a, str))
+        given |= {m.buffer for m in self.tensor_maps}
         return given - {workspace.name for workspace in self.workspaces}
+
+    @property
+    def tensor_maps(self) -> frozenset[TensorMap]:
+        """The tensor maps that steps are given."""
+        return frozenset(a for a in self._arguments if isinstance(a, TensorMap))
 
     @property
     def strides(self) -> frozenset[Stride]:

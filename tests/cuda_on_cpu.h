@@ -1,6 +1,7 @@
 // Enough of CUDA to run kernels on a CPU, one block after the other, its threads taking turns at every barrier.
 // Shared memory is whatever a block leaves behind: as on a GPU, nobody may rely on its contents.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <csignal>
@@ -11,6 +12,7 @@
 #include <memory>
 #include <random>
 #include <sys/mman.h>
+#include <type_traits>
 #include <ucontext.h>
 #include <vector>
 
@@ -40,6 +42,7 @@ template <typename T> T __ldg(const T* address) {
 using std::max;
 using std::min;
 #define __global__
+#define __grid_constant__
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static
@@ -262,7 +265,31 @@ struct Argument {
     int64_t value;
     template <typename T> operator T*() const { return reinterpret_cast<T*>(value); }
     operator long long() const { return value; }
+    template <typename T> requires (std::is_class_v<T> && sizeof(T) == 128) operator T() const {
+        return *reinterpret_cast<const T*>(value);
+    }
 };
+
+// A box out of a tensor, zeros beyond its edges: its map is an address, a rank, and as many sizes and edges of the box,
+// innermost first.
+template <typename Map> void copy_box(const Map& map, void* target, std::array<long long, 4> first) {
+    const long long* numbers = reinterpret_cast<const long long*>(&map);
+    const int* source = reinterpret_cast<const int*>(numbers[0]);
+    const long long *sizes = numbers + 2, *box = numbers + 6;
+    int* to = static_cast<int*>(target);
+    for (long long k = 0; k < box[0] * box[1] * box[2] * box[3]; ++k) {
+        long long rest = k, from = 0, pitch = 1;
+        bool inside = true;
+        for (int axis = 0; axis < 4; ++axis) {
+            const long long at = first[axis] + rest % box[axis];
+            inside &= at >= 0 && at < sizes[axis];
+            from += at * pitch;
+            pitch *= sizes[axis];
+            rest /= box[axis];
+        }
+        to[k] = inside ? source[from] : 0;
+    }
+}
 
 inline void end_thread() {
     warps_of_block[threadIdx.x / 32].barrier.leave();

@@ -21,7 +21,7 @@ from torch import Tensor
 from lmkan_gen import codegen
 from lmkan_gen.families import Family
 from lmkan_gen.families.base import Parameters
-from lmkan_gen.plan import Argument, Constant, Fill, KernelSpec, Launch, LaunchPlan, Stride
+from lmkan_gen.plan import Argument, Constant, Fill, KernelSpec, Launch, LaunchPlan, Stride, TensorMap
 from lmkan_gen.problem import Problem
 
 Run = Callable[[Mapping[str, Tensor]], None]
@@ -29,7 +29,7 @@ Run = Callable[[Mapping[str, Tensor]], None]
 #: small parameters of families: output-stationary, and matrix products, forward and for both gradients
 STREAMED: dict[str, Constant] = {
     "pairs": 4, "outs": 8, "samples": 2, "threads": 64, "stages": 2, "blocks": 1, "vector": 1,
-    "together": 2,
+    "together": 2, "copies": "bulk",
 }  # fmt: skip
 PRODUCT: dict[str, Constant] = {
     "samples": 32, "warps": 4, "tiles": 1, "pairs": 16, "slice": 32, "stages": 3,
@@ -47,7 +47,7 @@ _INSTRUCTIONS = {
     "cp.async.wait_all": "copies_of_thread().wait_all();",
     "cp.async.wait_group": "copies_of_thread().wait(PENDING);",
     "cp.async.commit_group": "copies_of_thread().commit();",
-    "cp.async.cg.shared.global.L2": "copy_or_clear(target, source, bytes, 16);",
+    "cp.async.cg.shared.global.L2::128B [%0], [%1], 16,": "copy_or_clear(target, source, bytes, 16);",
     "cp.async.ca.shared.global [%0], [%1], 4,": "copy_or_clear(target, source, bytes, 4);",
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32": "warp_product<1>(c, a, b0, b1, part_in_tf32);",
     "mma.sync.aligned.m16n8k16.row.col.f32.f16": "warp_product<2>(c, a, b0, b1, part_in_half);",
@@ -64,6 +64,10 @@ _INSTRUCTIONS = {
     "mbarrier.init": "arrivals_of(barrier) = {0, unsigned(arrivals), 0};",
     "mbarrier.arrive.expect_tx": ";",  # the copy arrives
     "mbarrier.arrive.shared": "arrive_at(barrier);",
+    "cp.async.bulk.tensor.4d": (
+        "copy_box(*source, shared_memory + tables + into * kStageBytes, { pair, word, 0, 0 }); "
+        "arrive_at(barrier);"
+    ),
     "cp.async.bulk": (
         "std::memcpy(shared_memory + tables + into * kStageBytes, from, kFilledBytes); arrive_at(barrier);"
     ),
@@ -121,7 +125,8 @@ def run(
         if isinstance(step, Fill):
             everything[step.buffer].zero_()
             continue
-        arguments = (ctypes.c_int64 * len(step.arguments))(*(_value(a, everything) for a in step.arguments))
+        values = [_value(a, everything) for a in step.arguments]
+        arguments = (ctypes.c_int64 * len(values))(*values)
         grid = (ctypes.c_uint * 3)(*step.grid)
         library[f"call_{step.kernel}"](grid, step.block, seed, arguments)
     return scratch
@@ -179,10 +184,25 @@ def _library_of(spec: KernelSpec, plan: LaunchPlan, directory: Path) -> ctypes.C
     return _library(spec, tuple(sorted(kernels.items())), directory)
 
 
-def _value(argument: str | int | Stride, buffers: Mapping[str, Tensor]) -> int:
+def _value(argument: Argument, buffers: Mapping[str, Tensor]) -> int:
     if isinstance(argument, Stride):
         return buffers[argument.buffer].stride(argument.axis)
+    if isinstance(argument, TensorMap):
+        return _encoded(argument, buffers[argument.buffer].data_ptr())
     return buffers[argument].data_ptr() if isinstance(argument, str) else argument
+
+
+@cache
+def _encoded(tensor_map: TensorMap, address: int) -> int:
+    """The address of a tensor map as the emulation has it: 16 numbers of 8 bytes."""
+    assert {address % 16, 4 * tensor_map.sizes[0] % 16, 4 * tensor_map.box[0] % 16} == {0}
+    assert max(tensor_map.box) <= 256
+    numbers = (address, len(tensor_map.sizes), *tensor_map.sizes, *tensor_map.box)
+    _kept.append((ctypes.c_int64 * 16)(*numbers))
+    return ctypes.addressof(_kept[-1])
+
+
+_kept: list[ctypes.Array[ctypes.c_int64]] = []
 
 
 @cache

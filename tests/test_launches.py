@@ -20,7 +20,7 @@ from lmkan_gen import codegen, packing
 from lmkan_gen import device as devices
 from lmkan_gen.families import families, family
 from lmkan_gen.launch import cuda
-from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Stride, Workspace
+from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Stride, TensorMap, Workspace
 from lmkan_gen.problem import DEFAULT_WORKSPACE, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuner.verify import make_case, make_inputs
 from tests import emulation, layouts
@@ -42,6 +42,8 @@ MARCHED: dict[str, Constant] = {"vector": 1, "warps": 4, "ahead": 0}
 FUSED: dict[str, Constant] = {"pairs": 4, "outs": 8, "threads": 128, "mode": "fast"}
 SORTED: dict[str, Constant] = {"items": 1, "segment": 64, "vector": 1, "unroll": 2, "blocks": 2}
 HALVES: dict[str, Constant] = {**STREAMED, "pairs": 2, "vector": 2, "ahead": 2}
+#: copied out of the table as it lies
+BOXES: dict[str, Constant] = {**STREAMED, "copies": "tensor"}
 #: family, operation, table, parameters, shape, deterministic, workspace
 EMULATED: list[
     tuple[str, Operation, TableDtype, dict[str, Constant], tuple[int, int, int, int], bool, int]
@@ -55,6 +57,8 @@ EMULATED: list[
     ("output_stationary", Operation.FORWARD, FLOAT32, HALVES, (19, 11, 4, 333), False, 1),
     ("output_stationary", Operation.FORWARD, INT8, {**STREAMED, "ahead": 4}, (19, 11, 4, 333), False, 1),
     ("output_stationary", Operation.GRAD_INPUT, FLOAT32, STREAMED, (19, 11, 4, 333), False, 1),
+    ("output_stationary", Operation.FORWARD, FLOAT32, {**BOXES, "ahead": 2}, (23, 11, 4, 333), False, 1),
+    ("output_stationary", Operation.GRAD_INPUT, FLOAT32, BOXES, (24, 19, 4, 333), False, 1),
     ("row_gather", Operation.FORWARD, FLOAT32, GATHERED, (35, 9, 4, 5), False, 1),
     ("cell_sorted", Operation.BACKWARD, FLOAT32, {**SORTED, "vector": 4}, (4, 70, 4, 2100), False, 1),
     ("cell_sorted", Operation.GRAD_INPUT, FLOAT32, SORTED, (4, 260, 4, 40), False, 1),
@@ -79,7 +83,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "operation", "table", "parameters", "sizes", "deterministic", "workspace"),
     EMULATED,
-    ids=[f"{e[0]}-{e[1]}-{e[2]}-{e[3].get('coordinates', '')}-{e[5]}" for e in EMULATED],
+    ids=[
+        f"{e[0]}-{e[1]}-{e[2]}-{e[3].get('coordinates') or e[3].get('copies', '')}-{e[5]}" for e in EMULATED
+    ],
 )
 def test_kernels_wait_before_they_touch_what_others_work_on(
     directory: Path,
@@ -277,6 +283,34 @@ def test_a_driver_may_refuse(monkeypatch: pytest.MonkeyPatch, times: int) -> Non
     assert [(how, name) for how, name, _ in calls] == [
         ("in order", name) for name in ("first", "lmkan_zero", "second", "lmkan_zero", "third")
     ]
+
+
+def test_tensor_maps_are_encoded_when_their_buffer_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a kernel is given the one of its call."""
+    encoded: list[int] = []
+
+    def encode(tensor_map: TensorMap, address: int) -> SimpleNamespace:
+        encoded.append(address)
+        return SimpleNamespace(getPtr=lambda: 1000 + address)
+
+    given: list[int] = []
+    driver = Driver()
+
+    def launch(*arguments: Any) -> tuple[int]:
+        pointers = ctypes.cast(arguments[-2], ctypes.POINTER(ctypes.c_void_p))
+        given.append(int(pointers[1] or 0))
+        return (0,)
+
+    monkeypatch.setattr(driver, "cuLaunchKernel", launch)
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "_function", lambda path, index, kernel: kernel)
+    monkeypatch.setattr(cuda, "_encode", encode)
+    tensor_map = TensorMap("table", (8, 4), (4, 4))
+    step = cuda._bind(Launch("k", ("x", tensor_map)), ("x", tensor_map), Path("none"), 0, False)
+    for address in (16, 16, 32, 32, 16):
+        step({"x": 1, "table": address}, 7)
+    assert encoded == [16, 32, 16]
+    assert given == [1016, 1016, 1032, 1032, 1016]
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from lmkan_gen import toolchain
-from lmkan_gen.plan import Fill, KernelSpec, Launch, LaunchPlan, Stride, Workspace
+from lmkan_gen.plan import Argument, Fill, KernelSpec, Launch, LaunchPlan, Workspace
 from lmkan_gen.toolchain import Binary, ToolchainError
 from lmkan_gen.toolchain.store import OVERRIDE
 
@@ -64,7 +64,7 @@ def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Callabl
 
     def run(buffers: Buffers) -> None:
         base = _scratch(total)
-        values: dict[str | Stride, int] = {name: base + offset for name, offset in offsets.items()}
+        values: dict[Argument, int] = {name: base + offset for name, offset in offsets.items()}
         values.update((name, tensor.data_ptr()) for name, tensor in buffers.items())
         values.update((s, buffers[s.buffer].stride(s.axis)) for s in strides)
         threads = torch.get_num_threads()

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from lmkan_gen import toolchain
-from lmkan_gen.plan import Argument, KernelSpec, Launch, LaunchPlan, Stride
+from lmkan_gen.plan import Argument, KernelSpec, Launch, LaunchPlan, Stride, TensorMap
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ _Values = Mapping[str | Stride | _Size, int]
 _Step = Callable[[_Values, int], None]
 
 _ZERO, _ZERO_THREADS = "lmkan_zero", 256  # of templates/lmkan.cuh.j2
+_TENSOR_ALIGNMENT = 16  # bytes, of buffers that tensor maps are of
 #: compute capability from which on kernels can wait for others by themselves
 _CLOSELY = 90
 
@@ -52,12 +54,15 @@ def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Runner:
     with torch.cuda.device(index):
         steps = list(_steps(spec, plan, binary.path, index))
     strides = plan.strides
+    mapped = {tensor_map.buffer for tensor_map in plan.tensor_maps}
     lock = Lock()
 
     def run(buffers: Mapping[str, torch.Tensor]) -> None:
         with torch.cuda.device(index):
             # no tensors: those are filled where deterministic algorithms are asked for
             scratch = {w.name: torch.UntypedStorage(w.bytes, device=target) for w in plan.workspaces}
+            odd = {n: buffers[n].clone() for n in mapped if buffers[n].data_ptr() % _TENSOR_ALIGNMENT}
+            buffers = {**buffers, **odd} if odd else buffers
             values: dict[str | Stride | _Size, int] = {name: t.data_ptr() for name, t in buffers.items()}
             values.update((name, storage.data_ptr()) for name, storage in scratch.items())
             values.update((s, buffers[s.buffer].stride(s.axis)) for s in strides)
@@ -152,12 +157,14 @@ def _bind(
                 driver.cuFuncSetAttribute(function, key, value),
                 f"giving {step.kernel} {step.shared_memory} bytes of shared memory",
             )
-    # every argument is 8 bytes: an address or a signed integer
+    # every argument is 8 bytes, an address or a signed integer, or a tensor map
     values = (ctypes.c_int64 * len(arguments))(*(a if isinstance(a, int) else 0 for a in arguments))
     base = ctypes.addressof(values)
     pointers = (ctypes.c_void_p * len(values))(*(base + 8 * k for k in range(len(values))))
     parameters = ctypes.addressof(pointers)
-    variable = [(k, a) for k, a in enumerate(arguments) if not isinstance(a, int)]
+    variable = [(k, a) for k, a in enumerate(arguments) if isinstance(a, str | Stride | _Size)]
+    mapped = [(k, a) for k, a in enumerate(arguments) if isinstance(a, TensorMap)]
+    encoded: dict[int, tuple[int, Any]] = {}  # by argument: address and map
     doing = (
         f"launching {step.kernel} (grid {step.grid}, block {step.block}, shared memory {step.shared_memory})"
     )
@@ -167,6 +174,11 @@ def _bind(
         nonlocal config
         for k, argument in variable:
             values[k] = known[argument]
+        for k, tensor_map in mapped:
+            address = known[tensor_map.buffer]
+            if k not in encoded or encoded[k][0] != address:
+                encoded[k] = address, _encode(tensor_map, address)
+                pointers[k] = encoded[k][1].getPtr()
         if config is not None:
             config.hStream = stream
             if int(driver.cuLaunchKernelEx(config, function, parameters, 0)[0]) == 0:
@@ -178,6 +190,29 @@ def _bind(
         _check(status, doing)
 
     return launch
+
+
+def _encode(tensor_map: TensorMap, address: int) -> Any:
+    """The driver's form of a tensor map at an address."""
+    driver = _driver()
+    rank, size = len(tensor_map.sizes), driver.cuuint64_t
+    pitches = [4 * prod(tensor_map.sizes[: k + 1]) for k in range(rank - 1)]
+    return _check(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_INT32,
+            rank,
+            address,
+            [size(n) for n in tensor_map.sizes],
+            [size(n) for n in pitches],
+            [driver.cuuint32_t(n) for n in tensor_map.box],
+            [driver.cuuint32_t(1)] * rank,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ),
+        f"encoding {tensor_map}",
+    )
 
 
 def _close_launch(step: Launch) -> Any:
