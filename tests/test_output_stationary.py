@@ -5,25 +5,28 @@ from __future__ import annotations
 import ctypes
 import math
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmkan_gen import device as devices
 from lmkan_gen import packing
 from lmkan_gen.codegen import render
 from lmkan_gen.device import target
 from lmkan_gen.families import family
-from lmkan_gen.plan import Constant, Launch
+from lmkan_gen.plan import Constant, Launch, TensorMap
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
+from lmkan_gen.tuner.verify import make_case
 
 FAMILY = family("output_stationary")
 GPU = target("sm_90")
 PARAMETERS: dict[str, Constant] = {
     "pairs": 4, "outs": 16, "samples": 3, "threads": 384, "stages": 2, "blocks": 1, "ahead": 2, "vector": 1,
-    "together": 4,
+    "together": 4, "copies": "bulk",
 }  # fmt: skip
 
 Items = Callable[[int, int, int, int], list[tuple[int, int, int]]]
@@ -176,6 +179,72 @@ def test_what_does_not_fit_is_said(change: dict[str, Constant], limit: str) -> N
         problem(Operation.FORWARD, LayerShape(512, 512, 18, 65536)), PARAMETERS | change
     )
     assert limit in {v.limit for v in found}
+
+
+BOXES = PARAMETERS | {"copies": "tensor"}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "table", "change", "limit"),
+    [
+        (512, TableDtype.INT8, {}, "table"),
+        (512, TableDtype.FLOAT32, {"vector": 2}, "tile"),
+        (512, TableDtype.FLOAT32, {"pairs": 2, "outs": 16}, "tile"),
+        (510, TableDtype.FLOAT32, {}, "table"),
+    ],
+)
+def test_what_cannot_be_copied_as_it_lies_is_said(
+    inputs: int, table: TableDtype, change: dict[str, Constant], limit: str
+) -> None:
+    asked = problem(Operation.FORWARD, LayerShape(inputs, 512, 18, 65536), table)
+    assert limit in {v.limit for v in FAMILY.violations(asked, BOXES | change)}
+    bulk = {v.message for v in FAMILY.violations(asked, BOXES | change | {"copies": "bulk"})}
+    assert not any("tensor copies" in message for message in bulk)
+    assert FAMILY.violations(problem(Operation.FORWARD, LayerShape(512, 512, 18, 65536)), BOXES) == []
+
+
+@pytest.mark.parametrize("operation", [Operation.FORWARD, Operation.GRAD_INPUT])
+@pytest.mark.parametrize(("table", "words"), [(TableDtype.FLOAT32, 43), (TableDtype.FLOAT16, 22)])
+def test_tables_that_are_copied_as_they_lie_are_not_arranged(
+    operation: Operation, table: TableDtype, words: int
+) -> None:
+    """A box is a stage: all knots of a tile; and what is copied is the table itself, or its words."""
+    asked = problem(operation, LayerShape(24, 43, 9, 65536), table)
+    plan = FAMILY.plan(asked, BOXES)
+    pack = 1 if table is TableDtype.FLOAT32 else 2
+    buffer = "table" if table is TableDtype.FLOAT32 else "words"
+    assert plan.tensor_maps == {TensorMap(buffer, (12, words, 10, 10), (4, 16 // pack, 10, 10))}
+    assert buffer in plan.buffers
+    assert [step.kernel for step in plan.steps if isinstance(step, Launch)] == [
+        "lmkan_coordinates",
+        f"lmkan_{operation}",
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.parametrize("operation", [Operation.FORWARD, Operation.GRAD_INPUT])
+@pytest.mark.parametrize("table", [TableDtype.FLOAT32, TableDtype.FLOAT16, TableDtype.BFLOAT16])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_tables_copied_as_they_lie_on_a_gpu(operation: Operation, table: TableDtype, offset: int) -> None:
+    """Edges of all kinds, and tables that do not lie where such copies could start."""
+    device = torch.device("cuda")
+    asked = Problem(operation, LayerShape(24, 43, 9, 1000), devices.of(device), table)
+    parameters = {name: BOXES[name] for name in FAMILY.space(operation)}
+    parameters["samples"] = 1
+    assert FAMILY.violations(asked, parameters) == []
+    plan = FAMILY.plan(asked, parameters)
+    run = import_module("lmkan_gen.launch.cuda").prepare(FAMILY.spec(asked, parameters), plan, device)
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        larger = tensor.new_empty(tensor.numel() + offset)[offset:].view(tensor.shape)
+        return larger.copy_(tensor)
+
+    def run_moved(buffers: Mapping[str, torch.Tensor]) -> None:
+        run({name: moved(t) if name in ("table", "words") else t for name, t in buffers.items()})
+
+    case = make_case(operation, asked.shape, device, spread=2.0, most=256, table=table)
+    case.check(run_moved, f"{operation} {table}")
 
 
 def test_older_gpus_have_no_bulk_copies() -> None:

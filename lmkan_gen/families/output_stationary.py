@@ -13,7 +13,7 @@ from lmkan_gen.device import REGISTERS, registers_per_thread
 from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.packing import SCALE_PAIRS, stages_name
-from lmkan_gen.plan import Argument, Constant, KernelSpec, Launch, LaunchPlan, Workspace
+from lmkan_gen.plan import Argument, Constant, KernelSpec, Launch, LaunchPlan, TensorMap, Workspace
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
 _MAX_GRID = 65535  # blocks along the second axis
@@ -24,6 +24,9 @@ _CACHE_RATE = 25.0  # bytes a cycle from the level-2 cache to a multiprocessor
 _TOGETHER = (1, 2, 4, 8, 16, 32)
 #: of an input gradient, in passes: gradients are waited for. Tiles of 8 x 4 took 1.4 times as long as 8 x 8
 _PER_STAGE = 64
+_ARRANGED_WORDS = 2048  # of a block that arranges a table, or a row of it
+_TENSOR_WORDS = 4  # of which innermost rows of tensor copies are whole multiples
+_MAX_BOX = 256  # elements of a tensor copy along an axis
 _LATENCY_CYCLES = 800.0  # of the level-2 cache under load: what is asked for should be used no sooner
 
 
@@ -46,7 +49,8 @@ class OutputStationary(Family):
 
         A stage holds the tables of ``pairs`` pairs and ``outs`` outputs; a lane sums over pairs (forward) or
         outputs for ``samples`` samples. Loads of coordinates run ``ahead`` by so many pairs. It reads
-        ``vector`` words of a table at a time. Blocks are at about ``together`` tiles at a time.
+        ``vector`` words of a table at a time. Blocks are at about ``together`` tiles at a time. Stages are
+        ``bulk`` copies of a table that was arranged for it, or ``tensor`` copies out of the table as it is.
         """
         common: dict[str, tuple[Constant, ...]] = {
             "samples": (1, 2, 3, 4, 5, 6, 8),
@@ -55,6 +59,7 @@ class OutputStationary(Family):
             "blocks": (1, 8),
             "vector": (1, 2, 4),
             "together": _TOGETHER,
+            "copies": ("bulk", "tensor"),
         }
         if operation is Operation.FORWARD:
             return {"pairs": (1, 2, 4, 8), "outs": (8, 16, 32), "ahead": (1, 2, 4, 8)} | common
@@ -92,6 +97,8 @@ class OutputStationary(Family):
                     f"{pairs} pairs x {words} words cannot be read {vector} at a time without bank conflicts",
                 )
             )
+        if _is_tensor(parameters):
+            found += self._tensor_violations(problem, pairs, vector)
         blocks = int(parameters["blocks"])
         need, most = self.shared_memory(problem, parameters), device.shared_memory_per_multiprocessor
         # 1 KiB of each block's own, and the driver's share
@@ -133,6 +140,26 @@ class OutputStationary(Family):
                     f"{_MAX_STAGES} can be counted",
                 )
             )
+        return found
+
+    @staticmethod
+    def _tensor_violations(problem: Problem, pairs: int, vector: int) -> list[Violation]:
+        """Why stages cannot be copied out of the table as it is."""
+        found, shape = [], problem.shape
+        if problem.table is TableDtype.INT8:
+            found.append(Violation("table", "int8 stages hold scales, which tensor copies do not bring"))
+        if vector > 1:
+            why = f"tensor copies leave words as they are, not {vector} of them together"
+            found.append(Violation("tile", why))
+        if pairs % _TENSOR_WORDS:
+            why = f"tensor copies take rows of {_TENSOR_WORDS} words, not of {pairs} pairs"
+            found.append(Violation("tile", why))
+        if shape.pairs % _TENSOR_WORDS:
+            why = f"tensor copies need rows of whole 16 bytes, {shape.pairs} input pairs are no multiple of 4"
+            found.append(Violation("table", why))
+        if shape.grids + 1 > _MAX_BOX:
+            why = f"num_grids={shape.grids}: tensor copies take at most {_MAX_BOX} knots along an axis"
+            found.append(Violation("grid", why))
         return found
 
     def wasted(self, problem: Problem, parameters: Parameters) -> bool:
@@ -206,11 +233,12 @@ class OutputStationary(Family):
         few = (4, 8) if _is_later(problem) else (4, 8, 16)
         tiles = product((2, 4, 8), (8, 16, 32)) if forward else product((4, 8), few)
         several = (1, 2, 3, 4, 6, 8) if forward else (1, 2, 3, 4)
-        for (pairs, outs), samples, threads in product(tiles, several, (256, 384, 512)):
+        ways = product(tiles, several, (256, 384, 512), ("bulk", "tensor"))
+        for (pairs, outs), samples, threads, copies in ways:
             if lanes.half_rows(problem, pairs, outs):
                 continue
             parameters: dict[str, Constant] = {"pairs": pairs, "outs": outs, "samples": samples}
-            parameters |= {"threads": threads, "stages": 2, "blocks": 1, "vector": 1}
+            parameters |= {"threads": threads, "stages": 2, "blocks": 1, "vector": 1, "copies": copies}
             if forward:
                 parameters["ahead"] = min(pairs, 2 if is_float else 4)
             yield parameters | {"together": OutputStationary._default_together(problem, parameters)}
@@ -234,6 +262,8 @@ class OutputStationary(Family):
             turn = warps * max(passes, instructions / 4)
             passes += _PER_STAGE
         stage = _stage_bytes(problem, pairs, outs) / samples / warps
+        if _is_tensor(parameters):  # the cache hands out no less than 8 words
+            stage *= max(1.0, 8 / pairs)
         cycles = warps * max(passes + stage / 128, instructions / 4)
         cycles = max(cycles, warps * stage / _CACHE_RATE)
         cycles *= (1 + 8 / warps**2) * max(1.0, _LATENCY_CYCLES / turn)
@@ -243,7 +273,7 @@ class OutputStationary(Family):
         columns = -(-columns // problem.device.multiprocessors)
         time = columns * summed * cycles / _CYCLES_PER_US
         moved = 16 * shape.batch * shape.pairs
-        if not (forward and problem.constant):
+        if not ((forward and problem.constant) or _is_tensor(parameters)):
             moved += 2 * tiles * summed * _stage_bytes(problem, pairs, outs)
         return time + moved / _COPY_RATE + 3 * _LAUNCH_US
 
@@ -257,6 +287,7 @@ class OutputStationary(Family):
             "ahead": ahead,
             "blocks": int(parameters["blocks"]),
             "coordinates": "prepass",
+            "tensor": int(_is_tensor(parameters)),
         }
         return KernelSpec.make("output_stationary.cu.j2", problem.device.arch, constants)
 
@@ -269,20 +300,26 @@ class OutputStationary(Family):
         table_bytes = out_tiles * pair_tiles * _stage_bytes(problem, pairs, outs)
         workspaces, launch = lanes.prepass(problem, pairs, spare=samples * warps)
         steps = [launch]
-        arranged = not (problem.constant and forward)
-        stages = (
-            "stages" if arranged else stages_name(pairs, outs // lanes.pack(problem), _vector(parameters))
-        )
-        if arranged:
-            workspaces.append(Workspace(stages, table_bytes))
-            words = -(-shape.outputs // lanes.pack(problem))
-            arguments: tuple[Argument, ...] = (
+        words, tile_words = -(-shape.outputs // lanes.pack(problem)), outs // lanes.pack(problem)
+        arranged = not (_is_tensor(parameters) or (problem.constant and forward))
+        stages: Argument = "stages" if arranged else stages_name(pairs, tile_words, _vector(parameters))
+        if _is_tensor(parameters):
+            side = shape.grids + 1
+            (table,) = lanes.table_buffers(problem)
+            stages = TensorMap(table, (shape.pairs, words, side, side), (pairs, tile_words, side, side))
+        elif arranged:
+            workspaces.append(Workspace("stages", table_bytes))
+            rows = lanes.rows(problem)
+            together = min(rows, -(-_ARRANGED_WORDS // (pair_tiles * pairs * tile_words)))
+            table_of: tuple[Argument, ...] = (
                 *lanes.table_buffers(problem),
-                stages,
+                "stages",
                 shape.pairs,
                 words,
+                together,
             )
-            steps.append(Launch("lmkan_arrange_table", arguments, (lanes.rows(problem), out_tiles, 1), 256))
+            grid = (-(-rows // together), out_tiles, 1)
+            steps.append(Launch("lmkan_arrange_table", table_of, grid, 256))
         borders: tuple[str, ...] = () if forward else ("borders",)
         by_plan: tuple[int, ...] = (int(arranged),) if forward else ()
         buffers: tuple[str, ...] = ("y",) if forward else ("grad", "grad_x")
@@ -338,6 +375,11 @@ def _most_together(problem: Problem, parameters: Parameters) -> int:
 def _is_later(problem: Problem) -> bool:
     """Whether the architecture is one after Hopper, for which ptxas takes more registers."""
     return problem.device.compute_capability >= 100
+
+
+def _is_tensor(parameters: Parameters) -> bool:
+    """Whether stages are copied out of the table as it is."""
+    return parameters["copies"] == "tensor"
 
 
 def _vector(parameters: Parameters) -> int:
