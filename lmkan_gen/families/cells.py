@@ -389,6 +389,8 @@ class Walk:
                         )
                     )
         if self.with_table:
-            copies = (division.copies * division.planes,) if self.ordered else ()
-            steps.append(Launch("lmkan_unpack_table", ("sums", "grad_table", *sizes, *copies), tiles, 256))
+            if (copies := division.copies * division.planes) > 1:
+                blocks = min(-(-coefficients // 1024), 8 * problem.device.multiprocessors)
+                steps.append(Launch("lmkan_add_copies", ("sums", coefficients, copies), (blocks, 1, 1), 256))
+            steps.append(Launch("lmkan_unpack_table", ("sums", "grad_table", *sizes), tiles, 256))
         return LaunchPlan(tuple(workspaces), tuple(steps))
