@@ -258,6 +258,20 @@ def test_a_launch_covers_all_chunks_once() -> None:
     assert [s for s in plan.steps if isinstance(s, Fill)] == [Fill("sums")]
 
 
+@pytest.mark.parametrize(("chunks", "copies"), [(1, 1), (2, 2), (12, 8)])
+def test_copies_of_sums_are_added_where_there_are_several(chunks: int, copies: int) -> None:
+    """Also where chunks share copies, of which there are two for each then: lower and upper corners."""
+    problem = Problem(
+        Operation.BACKWARD, LayerShape(4, 40, 6, chunks * SORTING), GPU, deterministic=True, workspace=1 << 30
+    )
+    plan = CELLS.plan(problem, PARAMETERS)
+    added = launches(plan, "lmkan_add_copies")
+    (sums,) = (w for w in plan.workspaces if w.name == "sums")
+    one = 4 * 64 * problem.shape.knots * problem.shape.pairs
+    assert sums.bytes == copies * one
+    assert [launch.arguments[1:] for launch in added] == ([(one // 4, copies)] if copies > 1 else [])
+
+
 def test_more_blocks_than_two_along_outputs_are_refused() -> None:
     shape = LayerShape(8, 1024, 6, 4096)
     parameters = {"items": 4, "segment": 512, "vector": 1, "unroll": 2, "blocks": 2}
