@@ -108,7 +108,8 @@ def select(problem: Problem, demand: Demand | None = None) -> Choice:
 
     In order: an entry of a tuning file for this device and shape; the nearest shape on this device;
     the nearest device of the same architecture; a family's analytic default, also where the nearest
-    shape is far; plain torch. A batch of zero gets the choice of a batch of one.
+    shape is far or its family not for this one; plain torch. A batch of zero gets the choice of a batch of
+    one.
 
     Args:
         problem: what is to be computed.
@@ -278,7 +279,7 @@ def _foundation(choice: Choice) -> float:
 
 
 def _free_choice(problem: Problem) -> Choice:
-    choice = next((c for c in tuned_choices(problem) if not _is_far(c)), None)
+    choice = next((c for c in tuned_choices(problem) if not (_is_far(c) or _is_unwanted(c))), None)
     if choice is None or choice.tuned_for != problem.shape:
         default = default_choice(problem)
         if default is not None and (choice is None or _is_preferred(default)):
@@ -294,6 +295,13 @@ def _free_choice(problem: Problem) -> Choice:
 def _is_far(choice: Choice) -> bool:
     """Whether what was tuned says less about the problem than analysis does."""
     return choice.tuned_for is not None and shape_distance(choice.problem.shape, choice.tuned_for) > _FAR
+
+
+def _is_unwanted(choice: Choice) -> bool:
+    """Whether a family that is not for this shape, of too few samples, say, was tuned for another."""
+    if choice.family is None or choice.tuned_for == choice.problem.shape:
+        return False
+    return family(choice.family).preference(choice.problem) < 0
 
 
 def _is_preferred(choice: Choice) -> bool:

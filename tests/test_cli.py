@@ -199,8 +199,10 @@ def test_limits_are_found_with_few_questions(monkeypatch: pytest.MonkeyPatch) ->
     candidates = list(chosen.candidates(Problem(Operation.FORWARD, LayerShape(512, 512, 3, 1 << 18), device)))
     monkeypatch.setattr(type(chosen), "violations", counting)
     found = [r for r in limits(device) if r.family == chosen.name and r.operation is Operation.FORWARD]
-    assert len(found) == 1
-    assert found[0].num_grids is not None
+    # tables that are copied as they lie need whole rows of banks, arranged ones make do with half of them
+    by_variant = {limit.variant: limit.num_grids or 0 for limit in found}
+    assert by_variant.keys() == {"copies=bulk", "copies=tensor"}
+    assert by_variant["copies=bulk"] > by_variant["copies=tensor"] > 0
     assert len(candidates) < asked < 4 * len(candidates)
 
 

@@ -20,6 +20,7 @@ from lmkan_gen.device import target
 from lmkan_gen.families import family
 from lmkan_gen.plan import Constant, Launch, TensorMap
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
+from lmkan_gen.selection import select
 from lmkan_gen.tuner.verify import make_case
 
 FAMILY = family("output_stationary")
@@ -245,6 +246,17 @@ def test_tables_copied_as_they_lie_on_a_gpu(operation: Operation, table: TableDt
 
     case = make_case(operation, asked.shape, device, spread=2.0, most=256, table=table)
     case.check(run_moved, f"{operation} {table}")
+
+
+@pytest.mark.parametrize("operation", [Operation.FORWARD, Operation.GRAD_INPUT])
+def test_few_samples_do_not_get_what_keeps_sums_of_many(operation: Operation) -> None:
+    """On the GPU that the package is tuned for, between shapes that were measured."""
+    (gpu,) = (model for model in devices.models("sm_90") if model.name == "NVIDIA H200")
+    families_of = {
+        batch: select(Problem(operation, LayerShape(512, 512, 18, batch), gpu)).family
+        for batch in (64, 256, 16384)
+    }
+    assert families_of == {64: "tile_stationary", 256: "tile_stationary", 16384: "output_stationary"}
 
 
 def test_older_gpus_have_no_bulk_copies() -> None:

@@ -227,6 +227,21 @@ def test_far_shapes_say_less_than_analysis() -> None:
     assert select(forward()).tier is Tier.NEAREST_DEVICE
 
 
+def test_what_a_family_is_not_for_is_not_taken_from_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But where that was measured it is, and where nothing else fits."""
+    few = LayerShape(SHAPE.inputs, SHAPE.outputs, SHAPE.grids, 100)
+    monkeypatch.setattr(Tiles, "preference", lambda _, p: -1.0 if p.shape.batch < 500 else 1.0)
+    write(user(), GPU, entry(tile=8))
+    assert select(Problem(Operation.FORWARD, replace(few, batch=600), GPU)).tier is Tier.NEAREST_SHAPE
+    assert select(Problem(Operation.FORWARD, few, GPU)).tier is Tier.DEFAULT
+    monkeypatch.setattr(Tiles, "default", lambda _, problem: None)
+    selection.clear_caches()
+    assert select(Problem(Operation.FORWARD, few, GPU)).tier is Tier.NEAREST_SHAPE
+    write(user(), GPU, entry(few, tile=16))
+    selection.clear_caches()
+    assert select(Problem(Operation.FORWARD, few, GPU)).tier is Tier.EXACT
+
+
 def test_order_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packaged = write(tmp_path / "packaged" / "tuning" / "gpu.yaml", GPU, entry(tile=4))
     assert select(forward()).source == str(packaged)

@@ -87,7 +87,8 @@ class Family(ABC):
     def preference(self, problem: Problem) -> float:
         """Rank among families whose defaults fit an untuned problem: the largest is taken.
 
-        Above 1 the default is taken even over what was tuned for other shapes.
+        Above 1 the default is taken even over what was tuned for other shapes; below 0 nothing of this family
+        is taken that was tuned for another shape.
         """
         return 0.0
 

@@ -205,11 +205,15 @@ class OutputStationary(Family):
         return {TableDtype.FLOAT32: 16, TableDtype.INT8: 8}.get(problem.table, 0)
 
     def preference(self, problem: Problem) -> float:
-        """Faster than tiles that stay, where there are samples enough for every multiprocessor."""
+        """Faster than tiles that stay, where there are samples enough for every multiprocessor.
+
+        Twice as many where the table has to be arranged.
+        """
         shape = problem.shape
         width = shape.outputs if problem.operation is Operation.FORWARD else shape.pairs
-        enough = shape.batch * width >= 256 * lanes.WARP * problem.device.multiprocessors
-        return 0.5 if enough else -0.5
+        arranged = problem.table is TableDtype.INT8 or shape.pairs % _TENSOR_WORDS
+        least = (256 if arranged else 128) * lanes.WARP * problem.device.multiprocessors
+        return 0.5 if shape.batch * width >= least else -0.5
 
     def default(self, problem: Problem) -> Parameters | None:
         """The cheapest candidate of a small set by `estimate`."""
