@@ -28,7 +28,7 @@ def specs(file: TuningFile) -> Iterator[tuple[Problem, KernelSpec]]:
     """Each entry's problem, on the file's device, and the kernel that answers it."""
     device = _device(file.device)
     for entry in file.entries:
-        problem = Problem(entry.operation, entry.shape.layer, device, entry.dtypes.table)
+        problem = Problem.usual(entry.operation, entry.shape.layer, device, entry.dtypes.table)
         yield problem, family(entry.family).spec(problem, entry.parameters)
 
 

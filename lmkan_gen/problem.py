@@ -121,6 +121,13 @@ class Problem:
     workspace: int = DEFAULT_WORKSPACE
     strided: bool = False
 
+    @classmethod
+    def usual(
+        cls, operation: Operation, shape: LayerShape, device: Device, table: TableDtype = TableDtype.FLOAT32
+    ) -> Problem:
+        """What is timed and shown where nothing else is known of the calls: see `packs_once`."""
+        return cls(operation, shape, device, table, constant=packs_once(operation, table))
+
     @property
     def is_plain(self) -> bool:
         """Whether ``x`` is contiguous and made of whole pairs, which needs no care in reading it."""

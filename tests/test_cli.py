@@ -152,6 +152,15 @@ def test_inspect_choice(run: Run) -> None:
     assert outcome == (0, "\n".join(expected) + "\n", "")
 
 
+@pytest.mark.usefixtures("no_compilers")
+def test_inspect_shows_what_a_frozen_table_gets(run: Run) -> None:
+    """Narrow tables stay from call to call, which some kernels for them depend on."""
+    shape = LayerShape(4096, 4096, 4, 64)
+    arguments = ("--target", "sm_90", "--shape", str(shape), "--table", "int8", "--what", "choice")
+    frozen = Problem(Operation.FORWARD, shape, target("sm_90"), TableDtype.INT8, constant=True)
+    assert run("inspect", *arguments) == (0, selection.select(frozen).describe() + "\n", "")
+
+
 def test_inspect_compiled_views(run: Run) -> None:
     base = ("inspect", "--target", "sm_90", "--shape", SHAPE, "--what")
     resources = run(*base, "resources")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lmkan_gen import device as devices
 from lmkan_gen.device import target
 from lmkan_gen.families import families, family
-from lmkan_gen.problem import Operation, Problem, packs_once
+from lmkan_gen.problem import Operation, Problem
 from lmkan_gen.resources import resource_directory
 from lmkan_gen.tuning_file import SCHEMA_FILE, TuningFile, TuningFileError, dump, load, merge, save
 
@@ -230,14 +230,7 @@ def test_what_ships_fits_its_device(name: str) -> None:
         for entry in file.entries
         if (
             violations := family(entry.family).violations(
-                Problem(
-                    entry.operation,
-                    entry.shape.layer,
-                    chip,
-                    entry.dtypes.table,
-                    constant=packs_once(entry.operation, entry.dtypes.table),
-                ),
-                entry.parameters,
+                Problem.usual(entry.operation, entry.shape.layer, chip, entry.dtypes.table), entry.parameters
             )
         )
     ]

@@ -64,7 +64,7 @@ def inspect_command(
     from lmkan_gen.problem import Operation, Problem, TableDtype
     from lmkan_gen.selection import select, select_backward
 
-    problem = Problem(Operation(operation), parse_shape(shape), parse_target(target), TableDtype(table))
+    problem = Problem.usual(Operation(operation), parse_shape(shape), parse_target(target), TableDtype(table))
     if what in ("ptx", "sass", "resources") and problem.device.kind == "cpu":
         raise typer.BadParameter(f"{what} exists for sm_75 ... sm_120 only", param_hint="--what")
     choices = select_backward(problem) if problem.operation is Operation.BACKWARD else (select(problem),)

@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage
 from lmkan_gen import __version__, dispatch, selection, toolchain
 from lmkan_gen import device as devices
 from lmkan_gen.families import families, family
-from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype, packs_once
+from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.toolchain import store
 from lmkan_gen.tuner import record, storage
 from lmkan_gen.tuner.progress import Observer, Phase, Progress
@@ -132,7 +132,7 @@ def _problems(
             f"there are no {chip.kind} kernels for {table} tables to tune for {', '.join(operations)}"
         )
     problems = [
-        Problem(operation, shape, chip, table, constant=packs_once(operation, table))
+        Problem.usual(operation, shape, chip, table)
         for shape in dict.fromkeys(shapes)
         for operation in possible
     ]
