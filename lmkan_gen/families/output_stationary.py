@@ -211,7 +211,7 @@ class OutputStationary(Family):
         """
         shape = problem.shape
         width = shape.outputs if problem.operation is Operation.FORWARD else shape.pairs
-        arranged = problem.table is TableDtype.INT8 or shape.pairs % _TENSOR_WORDS
+        arranged = self._tensor_violations(problem, _TENSOR_WORDS, 1)
         least = (256 if arranged else 128) * lanes.WARP * problem.device.multiprocessors
         return 0.5 if shape.batch * width >= least else -0.5
 
@@ -277,7 +277,7 @@ class OutputStationary(Family):
         columns = -(-columns // problem.device.multiprocessors)
         time = columns * summed * cycles / _CYCLES_PER_US
         moved = 16 * shape.batch * shape.pairs
-        if not ((forward and problem.constant) or _is_tensor(parameters)):
+        if _is_arranged(problem, parameters):
             moved += 2 * tiles * summed * _stage_bytes(problem, pairs, outs)
         return time + moved / _COPY_RATE + 3 * _LAUNCH_US
 
@@ -301,29 +301,26 @@ class OutputStationary(Family):
         pairs, outs, samples, threads, _, _ = _values(parameters)
         warps = threads // lanes.WARP
         pair_tiles, out_tiles = -(-shape.pairs // pairs), -(-shape.outputs // outs)
-        table_bytes = out_tiles * pair_tiles * _stage_bytes(problem, pairs, outs)
         workspaces, launch = lanes.prepass(problem, pairs, spare=samples * warps)
         steps = [launch]
         words, tile_words = -(-shape.outputs // lanes.pack(problem)), outs // lanes.pack(problem)
-        arranged = not (_is_tensor(parameters) or (problem.constant and forward))
-        stages: Argument = "stages" if arranged else stages_name(pairs, tile_words, _vector(parameters))
+        arranged = _is_arranged(problem, parameters)
+        stages: Argument = "stages"
         if _is_tensor(parameters):
             side = shape.grids + 1
             (table,) = lanes.table_buffers(problem)
             stages = TensorMap(table, (shape.pairs, words, side, side), (pairs, tile_words, side, side))
         elif arranged:
-            workspaces.append(Workspace("stages", table_bytes))
-            rows = lanes.rows(problem)
-            together = min(rows, -(-_ARRANGED_WORDS // (pair_tiles * pairs * tile_words)))
-            table_of: tuple[Argument, ...] = (
-                *lanes.table_buffers(problem),
-                "stages",
-                shape.pairs,
-                words,
-                together,
-            )
-            grid = (-(-rows // together), out_tiles, 1)
+            stage_bytes = _stage_bytes(problem, pairs, outs)
+            workspaces.append(Workspace("stages", out_tiles * pair_tiles * stage_bytes))
+            of_block = -(-_ARRANGED_WORDS // (pair_tiles * pairs * tile_words))
+            rows = min(lanes.rows(problem), of_block)
+            sizes_of: tuple[Argument, ...] = (shape.pairs, words, rows)
+            table_of = (*lanes.table_buffers(problem), "stages", *sizes_of)
+            grid = (-(-lanes.rows(problem) // rows), out_tiles, 1)
             steps.append(Launch("lmkan_arrange_table", table_of, grid, 256))
+        else:
+            stages = stages_name(pairs, tile_words, _vector(parameters))
         borders: tuple[str, ...] = () if forward else ("borders",)
         by_plan: tuple[int, ...] = (int(arranged),) if forward else ()
         buffers: tuple[str, ...] = ("y",) if forward else ("grad", "grad_x")
@@ -384,6 +381,12 @@ def _is_later(problem: Problem) -> bool:
 def _is_tensor(parameters: Parameters) -> bool:
     """Whether stages are copied out of the table as it is."""
     return parameters["copies"] == "tensor"
+
+
+def _is_arranged(problem: Problem, parameters: Parameters) -> bool:
+    """Whether a kernel of the plan arranges the table, and not the caller for many calls, or nobody."""
+    kept = problem.constant and problem.operation is Operation.FORWARD
+    return not (kept or _is_tensor(parameters))
 
 
 def _vector(parameters: Parameters) -> int:
