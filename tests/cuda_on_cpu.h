@@ -1,5 +1,6 @@
-// Enough of CUDA to run kernels on a CPU, one block after the other, its threads taking turns at every barrier.
-// Shared memory is whatever a block leaves behind: as on a GPU, nobody may rely on its contents.
+// Enough of CUDA to run kernels on a CPU, one cluster of blocks after the other, its threads taking turns at every
+// barrier. Shared memory is whatever a block leaves behind: as on a GPU, nobody may rely on its contents. What kernels
+// declare in it without `extern` is there once, for all blocks: clusters of several must not have any.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -10,6 +11,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <sys/mman.h>
 #include <type_traits>
@@ -47,47 +49,48 @@ using std::min;
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __restrict__
 #define __align__(bytes) alignas(bytes)
 
 Index threadIdx, blockIdx, blockDim, gridDim;
-alignas(1024) unsigned char shared_memory[256 * 1024];  // what a launch asks for; its addresses are offsets
+// What a launch asks for, of the blocks of a cluster one after the other. The addresses of a block's are offsets in its
+// own; those of others are offsets from the first block's, behind what is its own.
+constexpr unsigned kMostShared = 256 * 1024, kMostBlocks = 8;
+alignas(1024) unsigned char shared_memory_of_cluster[kMostBlocks * kMostShared];
+unsigned char* shared_memory = shared_memory_of_cluster;  // the current block's
 inline unsigned __cvta_generic_to_shared(const void* address) {
     return unsigned(static_cast<const unsigned char*>(address) - shared_memory);
 }
 
-// A barrier in shared memory, by its address: the number of its current phase, and who has to arrive in each.
+// A barrier in shared memory: the number of its current phase, and who has to arrive in each.
 struct Arrivals {
     unsigned phase, expected, arrived;
 };
-inline Arrivals& arrivals_of(unsigned barrier) {
-    static std::map<unsigned, Arrivals> known;
-    return known[barrier];
-}
-inline void arrive_at(unsigned barrier) {
-    Arrivals& at = arrivals_of(barrier);
-    if (++at.arrived == at.expected) at.arrived = 0, ++at.phase;
-}
 
 struct Thread {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[kStack]};
     bool done;
+    unsigned cluster_phase;
     static constexpr size_t kStack = 1 << 17;
 };
-std::vector<Thread> threads_of_block;
 ucontext_t between_turns;
-inline void end_turn() { swapcontext(&threads_of_block[threadIdx.x].context, &between_turns); }
+void end_turn();
 
 // A thread that has returned is waited for no longer.
 struct Barrier {
     unsigned expected, arrived = 0, passed = 0;
-    void wait() {
+    unsigned arrive() {  // what to wait for
         const unsigned before = passed;
         ++arrived;
         open();
+        return before;
+    }
+    void wait(unsigned before) {
         while (passed == before) end_turn();
     }
+    void wait() { wait(arrive()); }
     void leave() {
         --expected;
         open();
@@ -101,23 +104,84 @@ struct Warp {
     uint64_t values[32];
     unsigned operands[32][6];
 };
-Barrier block_barrier;
-std::vector<Warp> warps_of_block;
+// A thread's asynchronous copies are made when it waits for them, which is the latest that they could be.
+struct Copies {
+    struct Copy {
+        unsigned target;
+        const void* source;
+        int bytes, size;
+    };
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> groups;
 
-inline void __syncthreads() { block_barrier.wait(); }
-bool any_vote;
+    static void make(const std::vector<Copy>& copies) {
+        for (const Copy& c : copies) {
+            std::memset(shared_memory + c.target, 0, c.size);
+            std::memcpy(shared_memory + c.target, c.source, c.bytes);
+        }
+    }
+    void commit() {
+        groups.push_back(std::move(open));
+        open.clear();
+    }
+    void wait(size_t pending) {
+        for (; groups.size() > pending; groups.pop_front()) make(groups.front());
+    }
+    void wait_all() {
+        wait(0);
+        make(open);
+        open.clear();
+    }
+};
+
+struct Block {
+    std::vector<Thread> threads;  // kept: their stacks are used again
+    Barrier barrier;
+    std::vector<Warp> warps;
+    std::vector<Copies> copies;
+    std::map<unsigned, Arrivals> arrivals;  // by the addresses of barriers
+    bool any_vote;
+    unsigned ended, waiting;                // threads; for other blocks
+};
+std::vector<Block> blocks_of_cluster;
+Barrier cluster_barrier;
+unsigned block_rank;  // of the current block, in its cluster
+inline Block& this_block() { return blocks_of_cluster[block_rank]; }
+inline Thread& this_thread() { return this_block().threads[threadIdx.x]; }
+inline Warp& this_warp() { return this_block().warps[threadIdx.x / 32]; }
+inline void end_turn() { swapcontext(&this_thread().context, &between_turns); }
+
+inline Arrivals& arrivals_of(unsigned barrier) { return this_block().arrivals[barrier]; }
+inline void arrive_at(unsigned barrier) {
+    Arrivals& at = arrivals_of(barrier);
+    if (++at.arrived == at.expected) at.arrived = 0, ++at.phase;
+}
+
+// A thread waits for the phase of the cluster's barrier in which it has arrived.
+inline void cluster_arrive() { this_thread().cluster_phase = cluster_barrier.arrive(); }
+inline void cluster_wait() {
+    ++this_block().waiting;
+    cluster_barrier.wait(this_thread().cluster_phase);
+    --this_block().waiting;
+}
+inline unsigned address_in_cluster(unsigned address, unsigned rank) {
+    if (rank >= blocks_of_cluster.size()) __builtin_trap();
+    return rank * kMostShared + address;
+}
+
+inline void __syncthreads() { this_block().barrier.wait(); }
 inline bool __syncthreads_or(int mine) {
-    any_vote |= mine != 0;
+    this_block().any_vote |= mine != 0;
     __syncthreads();
-    const bool any = any_vote;
+    const bool any = this_block().any_vote;
     __syncthreads();
-    any_vote = false;
+    this_block().any_vote = false;
     __syncthreads();
     return any;
 }
-inline void __syncwarp() { warps_of_block[threadIdx.x / 32].barrier.wait(); }
+inline void __syncwarp() { this_warp().barrier.wait(); }
 template <typename T> T from_lane(T mine, int lane) {
-    Warp& warp = warps_of_block[threadIdx.x / 32];
+    Warp& warp = this_warp();
     std::memcpy(&warp.values[threadIdx.x % 32], &mine, sizeof mine);
     warp.barrier.wait();
     if (lane >= 0 && lane < 32) std::memcpy(&mine, &warp.values[lane], sizeof mine);
@@ -161,37 +225,7 @@ inline int __byte_perm(unsigned a, unsigned b, unsigned selector) {
     for (int k = 0; k < 4; ++k) result |= unsigned(both >> 8 * (selector >> 4 * k & 7) & 0xff) << 8 * k;
     return int(result);
 }
-// A thread's asynchronous copies are made when it waits for them, which is the latest that they could be.
-struct Copies {
-    struct Copy {
-        unsigned target;
-        const void* source;
-        int bytes, size;
-    };
-    std::vector<Copy> open;
-    std::deque<std::vector<Copy>> groups;
-
-    static void make(const std::vector<Copy>& copies) {
-        for (const Copy& c : copies) {
-            std::memset(shared_memory + c.target, 0, c.size);
-            std::memcpy(shared_memory + c.target, c.source, c.bytes);
-        }
-    }
-    void commit() {
-        groups.push_back(std::move(open));
-        open.clear();
-    }
-    void wait(size_t pending) {
-        for (; groups.size() > pending; groups.pop_front()) make(groups.front());
-    }
-    void wait_all() {
-        wait(0);
-        make(open);
-        open.clear();
-    }
-};
-std::vector<Copies> copies_of_block;
-inline Copies& copies_of_thread() { return copies_of_block[threadIdx.x]; }
+inline Copies& copies_of_thread() { return this_block().copies[threadIdx.x]; }
 inline void copy_or_clear(unsigned target, const void* source, int bytes, int size) {
     if (target % size || bytes && reinterpret_cast<uintptr_t>(source) % size) __builtin_trap();  // a misaligned address
     copies_of_thread().open.push_back({target, source, bytes, size});
@@ -222,10 +256,16 @@ inline uint16_t in_bfloat(float v) {
     const unsigned bits = __float_as_uint(v);
     return v != v ? 0x7fff : uint16_t(bits + 0x7fff + (bits >> 16 & 1) >> 16);
 }
+template <typename Part, typename Round>
+unsigned fused_twice(unsigned a, unsigned b, unsigned c, Part part, Round round) {  // a b + c, of both halves
+    unsigned both = 0;
+    for (int k = 0; k < 2; ++k) both |= unsigned(round(std::fma(part(a, k), part(b, k), part(c, k)))) << 16 * k;
+    return both;
+}
 
 // c += a b on a tensor core, with PACK elements of a factor in a register: 16 rows, 8 columns, sums over 8 PACK.
 template <int PACK, typename Part> void warp_product(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Part part) {
-    Warp& warp = warps_of_block[threadIdx.x / 32];
+    Warp& warp = this_warp();
     const int lane = threadIdx.x % 32;
     unsigned(&mine)[6] = warp.operands[lane];
     std::copy(a, a + 4, mine);
@@ -292,9 +332,10 @@ template <typename Map> void copy_box(const Map& map, void* target, std::array<l
 }
 
 inline void end_thread() {
-    warps_of_block[threadIdx.x / 32].barrier.leave();
-    block_barrier.leave();
-    threads_of_block[threadIdx.x].done = true;
+    this_warp().barrier.leave();
+    this_block().barrier.leave();
+    cluster_barrier.leave();
+    this_thread().done = true;
     end_turn();
 }
 template <typename Kernel> const Kernel* running;
@@ -321,49 +362,81 @@ extern "C" char* untouchable() {
     return static_cast<char*>(reserved) + bytes / 2;
 }
 
-// One block after the other, in an order that `seed` says: 0 is by their indices.
-template <typename Kernel> void launch(const unsigned* grid, unsigned threads, unsigned seed, const Kernel& kernel) {
+// A turn of each of the current block's threads.
+inline void run_round() {
+    Block& block = this_block();
+    for (unsigned t = 0; t < blockDim.x; ++t) {
+        if (block.threads[t].done) continue;
+        threadIdx = {t, 0, 0};
+        swapcontext(&between_turns, &block.threads[t].context);
+        if (has_touched) return;
+        block.ended += block.threads[t].done;
+    }
+}
+
+// One cluster of blocks, along x, after the other, in an order that `seed` says: 0 is by their indices. So is the order of
+// turns in a cluster.
+template <typename Kernel>
+void launch(const unsigned* grid, unsigned threads, unsigned cluster, unsigned seed, const Kernel& kernel) {
+    if (grid[0] % cluster || cluster > kMostBlocks) __builtin_trap();  // as the driver refuses it
     blockDim = {threads, 1, 1};
     gridDim = {grid[0], grid[1], grid[2]};
     running<Kernel> = &kernel;
-    threads_of_block.resize(threads);
-    std::vector<Index> blocks;
+    blocks_of_cluster.resize(cluster);
+    std::vector<Index> firsts;
     for (unsigned z = 0; z < grid[2]; ++z)
         for (unsigned y = 0; y < grid[1]; ++y)
-            for (unsigned x = 0; x < grid[0]; ++x) blocks.push_back({x, y, z});
-    if (seed) std::shuffle(blocks.begin(), blocks.end(), std::mt19937(seed));
-    for (const Index& block : blocks) {
-        blockIdx = block;
-        block_barrier = {threads};
-        warps_of_block.assign((threads + 31) / 32, Warp{});
-        copies_of_block.assign(threads, {});
-        for (Thread& thread : threads_of_block) {
-            getcontext(&thread.context);
-            thread.context.uc_stack.ss_sp = thread.stack.get();
-            thread.context.uc_stack.ss_size = Thread::kStack;
-            makecontext(&thread.context, run_thread<Kernel>, 0);
-            thread.done = false;
+            for (unsigned x = 0; x < grid[0]; x += cluster) firsts.push_back({x, y, z});
+    std::vector<unsigned> turns(cluster);
+    std::iota(turns.begin(), turns.end(), 0);
+    std::mt19937 random(seed);
+    if (seed) std::shuffle(firsts.begin(), firsts.end(), random);
+    for (const Index& first : firsts) {
+        if (seed) std::shuffle(turns.begin(), turns.end(), random);
+        cluster_barrier = {cluster * threads};
+        for (Block& block : blocks_of_cluster) {
+            block.barrier = {threads};
+            block.ended = block.waiting = 0;
+            block.warps.assign((threads + 31) / 32, Warp{});
+            block.copies.assign(threads, {});
+            block.threads.resize(threads);
+            for (Thread& thread : block.threads) {
+                getcontext(&thread.context);
+                thread.context.uc_stack.ss_sp = thread.stack.get();
+                thread.context.uc_stack.ss_size = Thread::kStack;
+                makecontext(&thread.context, run_thread<Kernel>, 0);
+                thread.done = false;
+            }
         }
-        for (unsigned left = threads; left;) {
-            for (unsigned t = 0; t < threads; ++t) {
-                if (threads_of_block[t].done) continue;
-                threadIdx = {t, 0, 0};
-                swapcontext(&between_turns, &threads_of_block[t].context);
-                if (has_touched) return;
-                left -= threads_of_block[t].done;
+        for (unsigned left = cluster; left;) {
+            for (const unsigned rank : turns) {
+                Block& block = blocks_of_cluster[rank];
+                if (block.ended == threads) continue;
+                block_rank = rank;
+                blockIdx = {first.x + rank, first.y, first.z};
+                shared_memory = shared_memory_of_cluster + rank * kMostShared;
+                // as far ahead of the others as it gets
+                int rounds = 0;
+                do {
+                    run_round();
+                    if (has_touched) return;
+                } while (++rounds < 1000 && block.ended + block.waiting < threads);
+                if (block.ended < threads) continue;
+                --left;
+                if (cluster > 1) std::memset(shared_memory, 0xff, kMostShared);  // gone for the others
             }
         }
     }
 }
 
 // What a kernel does that starts early: 0, it waits before it touches what it must not; 1, it does not wait; 2, it touches.
-template <typename Kernel> int launch_early(const unsigned* grid, unsigned threads, const Kernel& kernel) {
+template <typename Kernel> int launch_early(const unsigned* grid, unsigned threads, unsigned cluster, const Kernel& kernel) {
     struct sigaction action = {}, before;
     action.sa_handler = touch;
     sigaction(SIGSEGV, &action, &before);
     too_early = true;
     has_waited = has_touched = false;
-    launch(grid, threads, 0, kernel);
+    launch(grid, threads, cluster, 0, kernel);
     sigaction(SIGSEGV, &before, nullptr);
     too_early = false;
     const int found = has_touched ? 2 : !has_waited;

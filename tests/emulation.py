@@ -1,7 +1,7 @@
 """CUDA kernels run on the CPU, thread by thread: their results are checked where there is no GPU.
 
-Instructions that sources name in assembly are put in C++; of those that narrow 16-bit tables need there are
-only those of tensor cores. Asynchronous copies are made when they are waited for, bulk copies at once.
+Instructions that sources name in assembly are put in C++. Asynchronous copies are made when they are waited
+for, bulk copies at once.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ from lmkan_gen.problem import Problem
 
 Run = Callable[[Mapping[str, Tensor]], None]
 
-#: small parameters of families: output-stationary, and matrix products, forward and for both gradients
+#: small parameters of families: output- and cluster-stationary, and matrix products, forward and for both
+#: gradients
 STREAMED: dict[str, Constant] = {
     "pairs": 4, "outs": 8, "samples": 2, "threads": 64, "stages": 2, "blocks": 1, "vector": 1,
     "together": 2, "copies": "bulk",
+}  # fmt: skip
+CLUSTERED: dict[str, Constant] = {
+    "pairs": 4, "outs": 8, "samples": 1, "threads": 256, "cluster": 2, "ahead": 2,
 }  # fmt: skip
 PRODUCT: dict[str, Constant] = {
     "samples": 32, "warps": 4, "tiles": 1, "pairs": 16, "slice": 32, "stages": 3,
@@ -57,6 +61,10 @@ _INSTRUCTIONS = {
     "cvt.rn.f16.f32": "rounded = in_half(v);",
     "cvt.rn.bf16.f32": "rounded = in_bfloat(v);",
     "cvt.f32.f16": "f = part_in_half(v, 0);",
+    "cvt.rn.f16x2.f32 %0, %1, %1": "w = in_half(v) * 0x10001u;",
+    "cvt.rn.bf16x2.f32 %0, %1, %1": "w = in_bfloat(v) * 0x10001u;",
+    "fma.rn.f16x2": "d = fused_twice(a, b, c, part_in_half, in_half);",
+    "fma.rn.bf16x2": "d = fused_twice(a, b, c, part_in_bfloat, in_bfloat);",
     "cvt.rn.f16x2.f32": "both = unsigned(in_half(second)) << 16 | in_half(first);",
     "cvt.rn.bf16x2.f32": "both = unsigned(in_bfloat(second)) << 16 | in_bfloat(first);",
     ".reg .b16 l, u;": "sums = fused_in_half(two, ratio);",
@@ -73,9 +81,12 @@ _INSTRUCTIONS = {
     ),
     # the first word of mbarrier.try_wait
     ".reg .pred": "done = (arrivals_of(barrier).phase & 1) != phase; if (!done) end_turn();",
-    "cp.async": (
-        "std::memcpy(std::memset(shared_memory + target + 4 * kCopy * k, 0, 4 * kCopy), source, bytes);"
-    ),
+    "cp.async": "copy_or_clear(target + 4 * kCopy * k, source, bytes, 4 * kCopy);",
+    "xor.b32": "pair = (step + k) ^ key;",
+    "barrier.cluster.arrive": "cluster_arrive();",
+    "barrier.cluster.wait": "cluster_wait();",
+    "mapa.shared::cluster": "other = address_in_cluster(address, rank);",
+    "ld.shared::cluster.f32": "value = *reinterpret_cast<const float*>(shared_memory_of_cluster + other);",
     "griddepcontrol.launch_dependents": ";",
     "griddepcontrol.wait": "wait_for_earlier_kernels();",
     "ldmatrix.sync.aligned.m8n8.x4.shared": "rows_of_matrices(to, address, false);",
@@ -208,20 +219,23 @@ _kept: list[ctypes.Array[ctypes.c_int64]] = []
 @cache
 def _library(spec: KernelSpec, kernels: tuple[tuple[str, int], ...], directory: Path) -> ctypes.CDLL:
     """The kernels of a CUDA source, by name and number of arguments, as functions of the CPU."""
+    source = codegen.render(spec)
     calls = []
     for name, count in kernels:
+        sized = re.search(rf"__cluster_dims__\((\w+), 1, 1\)[^;{{]*\b{name}\(", source)
+        cluster = sized[1] if sized else "1"
         arguments = ", ".join(f"Argument{{a[{k}]}}" for k in range(count))
         calls.append(
             f'extern "C" void call_{name}(const unsigned* grid, unsigned threads, unsigned seed, '
             "const int64_t* a) {\n"
-            f"    launch(grid, threads, seed, [&] {{ {name}({arguments}); }});\n"
+            f"    launch(grid, threads, {cluster}, seed, [&] {{ {name}({arguments}); }});\n"
             "}\n"
             f'extern "C" int early_{name}(const unsigned* grid, unsigned threads, const int64_t* a) {{\n'
-            f"    return launch_early(grid, threads, [&] {{ {name}({arguments}); }});\n"
+            f"    return launch_early(grid, threads, {cluster}, [&] {{ {name}({arguments}); }});\n"
             "}\n"
         )
     header = Path(__file__).with_name("cuda_on_cpu.h").read_text()
-    text = "\n".join((header, _in_cpp(codegen.render(spec), spec.arch), *calls))
+    text = "\n".join((header, _in_cpp(source, spec.arch), *calls))
     path = directory / hashlib.sha256(text.encode()).hexdigest()[:16]
     path.with_suffix(".cpp").write_text(text)
     compiler = shutil.which("c++") or shutil.which("g++") or "c++"
