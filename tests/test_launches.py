@@ -24,7 +24,7 @@ from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Strid
 from lmkan_gen.problem import DEFAULT_WORKSPACE, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuner.verify import make_case, make_inputs
 from tests import emulation, layouts
-from tests.emulation import OUTER, PRODUCT, SLOPES, STREAMED
+from tests.emulation import CLUSTERED, OUTER, PRODUCT, SLOPES, STREAMED
 
 GPU = devices.target("sm_90")
 #: so few multiprocessors that each block has several items of work
@@ -59,6 +59,8 @@ EMULATED: list[
     ("output_stationary", Operation.GRAD_INPUT, FLOAT32, STREAMED, (19, 11, 4, 333), False, 1),
     ("output_stationary", Operation.FORWARD, FLOAT32, {**BOXES, "ahead": 2}, (23, 11, 4, 333), False, 1),
     ("output_stationary", Operation.GRAD_INPUT, FLOAT32, BOXES, (24, 19, 4, 333), False, 1),
+    ("cluster_stationary", Operation.FORWARD, FLOAT32, CLUSTERED, (35, 9, 4, 75), False, 1),
+    ("cluster_stationary", Operation.GRAD_INPUT, FLOAT32, CLUSTERED, (9, 35, 4, 75), False, 1),
     ("row_gather", Operation.FORWARD, FLOAT32, GATHERED, (35, 9, 4, 5), False, 1),
     ("cell_sorted", Operation.BACKWARD, FLOAT32, {**SORTED, "vector": 4}, (4, 70, 4, 2100), False, 1),
     ("cell_sorted", Operation.GRAD_INPUT, FLOAT32, SORTED, (4, 260, 4, 40), False, 1),
@@ -103,7 +105,7 @@ def test_kernels_wait_before_they_touch_what_others_work_on(
     for constant in (True, False) if name == "output_stationary" else (True,):
         problem = Problem(operation, LayerShape(*sizes), STREAMING, table, deterministic, constant, workspace)
         spec, plan = kind.spec(problem, parameters), kind.plan(problem, parameters)
-        assert len(plan.steps) > 1 or name == "row_gather"
+        assert len(plan.steps) > 1 or name in ("row_gather", "cluster_stationary")
         if operation is Operation.HESSIAN:
             inputs: Mapping[str, Tensor] = {
                 "table": torch.randn(5, 5, 5, 3),

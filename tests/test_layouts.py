@@ -29,7 +29,7 @@ from lmkan_gen.plan import Constant
 from lmkan_gen.problem import CALL_OPERATIONS, DEFAULT_WORKSPACE, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuner.verify import make_inputs
 from tests import emulation, layouts
-from tests.emulation import OUTER, PRODUCT, SLOPES, STREAMED
+from tests.emulation import CLUSTERED, OUTER, PRODUCT, SLOPES, STREAMED
 
 CPU = torch.device("cpu")
 FLOAT32, INT8 = TableDtype.FLOAT32, TableDtype.INT8
@@ -77,6 +77,8 @@ EMULATED: list[tuple[str, Operation, TableDtype, dict[str, Constant], tuple[int,
     ("output_stationary", Operation.FORWARD, FLOAT32, {**HALVES, "ahead": 2}, (19, 11, 700)),
     ("output_stationary", Operation.FORWARD, INT8, {**STREAMED, "ahead": 4, "vector": 4}, (19, 11, 700)),
     ("output_stationary", Operation.GRAD_INPUT, FLOAT32, HALVES, (19, 11, 700)),
+    ("cluster_stationary", Operation.FORWARD, FLOAT32, CLUSTERED, (35, 9, 300)),
+    ("cluster_stationary", Operation.GRAD_INPUT, FLOAT32, CLUSTERED, (9, 35, 300)),
     ("cell_sorted", Operation.BACKWARD, FLOAT32, SORTED, (7, 5, 75)),
     ("cell_sorted", Operation.GRAD_INPUT, FLOAT32, SORTED, (4, 260, 40)),  # outputs of two blocks
     ("cell_sorted", Operation.GRAD_TABLE, FLOAT32, SORTED, (3, 4, 1030)),  # two slabs
@@ -118,7 +120,7 @@ def test_cuda_kernel_in_emulation(
         problem = Problem(
             operation,
             LayerShape(inputs, outputs, 4, batch),
-            STREAMING if name == "output_stationary" else devices.target("sm_80"),
+            STREAMING if name in ("output_stationary", "cluster_stationary") else devices.target("sm_80"),
             table,
             deterministic=deterministic,
             constant=constant,

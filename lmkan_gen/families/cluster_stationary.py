@@ -1,0 +1,233 @@
+"""Cluster-stationary CUDA kernels: thread-block clusters hold the tiles of tables whose results are summed.
+
+For small batches, on Hopper and later. See the head of ``templates/cluster_stationary.cu.j2`` for the idea
+and what bounds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import NamedTuple
+
+from lmkan_gen.device import registers_per_thread
+from lmkan_gen.families import lanes
+from lmkan_gen.families.base import Family, Parameters, Violation
+from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan
+from lmkan_gen.problem import Operation, Problem, TableDtype
+
+_MAX_GRID = 2**31 - 1  # blocks along the first axis
+#: of one multiprocessor, from the level-2 cache, in bytes per microsecond; only ratios matter
+_STAGING_RATE, _CYCLES_PER_US = 52e3, 1900.0
+_START_US = 2.0  # of a block, until its first copies are under way
+
+
+class ClusterStationary(Family):
+    """A tile of tables per block, partial sums exchanged through the shared memory of a cluster."""
+
+    name = "cluster_stationary"
+    device_kind = "cuda"
+    operations = frozenset({Operation.FORWARD, Operation.GRAD_INPUT})
+    idea = "a tile of tables in shared memory per block, the blocks of a cluster add up their results"
+
+    def computes(self, operation: Operation, table: TableDtype) -> bool:
+        """See base class."""
+        return operation in self.operations and table is not TableDtype.INT8
+
+    def space(self, operation: Operation) -> Mapping[str, tuple[Constant, ...]]:
+        """See base class.
+
+        A block holds the tables of ``pairs`` pairs and ``outs`` outputs, for ``samples`` samples of each of
+        its ``threads``; a ``cluster`` has so many blocks. Loads of inputs run ``ahead`` by so many pairs.
+        """
+        return {
+            "pairs": (2, 4, 8, 16),
+            "outs": (4, 8, 16, 32),
+            "samples": (1, 2, 4),
+            "threads": (256, 512, 1024),
+            "cluster": (2, 4, 8),
+            "ahead": (1, 2, 4),
+        }
+
+    def shared_memory(self, problem: Problem, parameters: Parameters) -> int:
+        """Bytes of dynamic shared memory of one block: the larger of what it has at first and in the end."""
+        v = _values(parameters)
+        tables = 4 * lanes.rows(problem) * v.pairs * v.outs // lanes.pack(problem)
+        knots = 2 * 4 * lanes.WARP * (problem.shape.grids + 1)  # with inverse spacings, a copy per lane
+        return max(tables + knots, self._parts(problem, parameters))
+
+    @staticmethod
+    def _parts(problem: Problem, parameters: Parameters) -> int:
+        """Bytes of a block's partial results."""
+        v = _values(parameters)
+        rows = v.outs if problem.operation is Operation.FORWARD else 2 * v.pairs
+        return 4 * rows * v.samples * v.threads
+
+    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        """See base class."""
+        shape, device = problem.shape, problem.device
+        v = _values(parameters)
+        if device.compute_capability < 90:
+            why = f"thread-block clusters need sm_90 or newer, {device.name} is {device.arch}"
+            return [Violation("architecture", why)]
+        found = []
+        words = v.outs // lanes.pack(problem)
+        if v.pairs * words % lanes.WARP:
+            found.append(
+                Violation(
+                    "tile",
+                    f"a row of {v.pairs} pairs x {words} words is no multiple of the {lanes.WARP} banks",
+                )
+            )
+        if (need := self.shared_memory(problem, parameters)) > device.shared_memory_per_block:
+            found.append(
+                Violation(
+                    "shared_memory",
+                    f"num_grids={shape.grids} with a tile of {v.pairs} pairs x {v.outs} outputs, or in its "
+                    f"place {self._parts(problem, parameters)} bytes of results of {v.samples} x {v.threads} "
+                    f"samples, needs {need} bytes of shared memory per block, {device.name} has "
+                    f"{device.shared_memory_per_block}",
+                )
+            )
+        if v.ahead > v.pairs:
+            found.append(Violation("wasted", f"ahead={v.ahead} is more than the tile's {v.pairs} pairs"))
+        if problem.operation is Operation.FORWARD and v.ahead % 2 and lanes.pack(problem) > 1:
+            found.append(
+                Violation(
+                    "table", f"two pairs share a sum in {problem.table}, ahead={v.ahead} is odd; take 2 or 4"
+                )
+            )
+        needed = self._registers(problem, parameters)
+        if needed > (limit := registers_per_thread(v.threads)):
+            found.append(
+                Violation(
+                    "registers",
+                    f"{v.threads} threads have {limit} registers each, {v.samples} samples with a tile of "
+                    f"{v.pairs} x {v.outs} need about {needed}",
+                )
+            )
+        if (blocks := self._blocks(problem, parameters)) > _MAX_GRID:
+            found.append(Violation("grid", f"batch={shape.batch} makes {blocks} blocks, at most {_MAX_GRID}"))
+        return found
+
+    def wasted(self, problem: Problem, parameters: Parameters) -> bool:
+        """Whether most of a tile, of a cluster or of a block's samples would be padding."""
+        shape = problem.shape
+        v = _values(parameters)
+        _, summed = self._tiles(problem, parameters)
+        return (
+            v.pairs >= 2 * shape.pairs
+            or v.outs >= 2 * shape.outputs
+            or v.cluster > 2 * summed
+            or (v.samples * v.threads >= 2 * shape.batch and (v.samples, v.threads) != (1, 256))
+        )
+
+    def preference(self, problem: Problem) -> float:
+        """Nothing of this family is taken where it was not measured."""
+        return -0.5
+
+    def default(self, problem: Problem) -> Parameters | None:
+        """The cheapest candidate of a small set by `estimate`."""
+        fitting = (p for p in self._default_candidates(problem) if not self.violations(problem, p))
+        return min(fitting, key=lambda p: self.estimate(problem, p), default=None)
+
+    def _default_candidates(self, problem: Problem) -> Iterator[dict[str, Constant]]:
+        ways = product((2, 4, 8, 16), (4, 8, 16), (1, 2), (256, 512, 1024))  # more samples may spill
+        for pairs, outs, samples, threads in ways:
+            parameters: dict[str, Constant] = {"pairs": pairs, "outs": outs, "samples": samples}
+            parameters |= {"threads": threads, "ahead": 2}
+            _, summed = self._tiles(problem, parameters)
+            parameters["cluster"] = next(n for n in (2, 4, 8) if n >= min(summed, 8))
+            # by which what was never compiled has to stay below its limit
+            spare = 8 + 8 * lanes.is_partial(problem, pairs, outs)
+            spare += 16 * (problem.operation is Operation.GRAD_INPUT)
+            if self._registers(problem, parameters) + spare <= registers_per_thread(threads):
+                yield parameters
+
+    def estimate(self, problem: Problem, parameters: Parameters) -> float:
+        """A rough time in microseconds; ranks candidates where nothing was tuned."""
+        v = _values(parameters)
+        forward, is_float = problem.operation is Operation.FORWARD, problem.table is TableDtype.FLOAT32
+        # of a warp for 32 samples and a tile: passes of the data path, and instructions
+        passes = (4 if is_float else 2) * v.pairs * v.outs + 10 * v.pairs + (0 if forward else v.outs)
+        each = (9 if is_float else 6) if forward else 11
+        instructions = v.pairs * (each * v.outs + 68) + 60
+        warps = v.threads // lanes.WARP
+        compute = v.samples * warps * max(passes, instructions / 4) / _CYCLES_PER_US
+        compute *= 1 + 16 / warps**2  # 16 warps almost hide all latencies, 8 do not
+        # no less than 32 bytes can be read at a time
+        rows = lanes.rows(problem) * v.outs // lanes.pack(problem)
+        staging = rows * 4 * max(v.pairs, 8) / _STAGING_RATE
+        _, summed = self._tiles(problem, parameters)
+        waves = -(-self._blocks(problem, parameters) // problem.device.multiprocessors)
+        exchange = 2 * self._parts(problem, parameters) / _STAGING_RATE
+        return waves * (-(-summed // v.cluster) * (staging + compute) + exchange + _START_US)
+
+    @staticmethod
+    def _registers(problem: Problem, parameters: Parameters) -> int:
+        """What a lane keeps for the whole of its sample, with addresses and weights; checked by compiling."""
+        v, is_float = _values(parameters), problem.table is TableDtype.FLOAT32
+        if problem.operation is Operation.FORWARD:
+            # half tables: weights again, and sums of two steps
+            held = 42 + 2 * v.ahead if is_float else 34 + v.outs // 2 + 3 * v.ahead
+            return held + v.samples * v.outs
+        held = 36 + 2 * v.ahead + 12 * (v.samples > 1) + 8 * (not is_float)
+        return held + 5 * v.samples * v.pairs // 2 + v.outs // 2
+
+    @staticmethod
+    def _tiles(problem: Problem, parameters: Parameters) -> tuple[int, int]:
+        """Tiles of the result, and those that are summed for each."""
+        pair_tiles = -(-problem.shape.pairs // int(parameters["pairs"]))
+        out_tiles = -(-problem.shape.outputs // int(parameters["outs"]))
+        forward = problem.operation is Operation.FORWARD
+        return (out_tiles, pair_tiles) if forward else (pair_tiles, out_tiles)
+
+    def _blocks(self, problem: Problem, parameters: Parameters) -> int:
+        """A cluster for every tile of the result and group of samples."""
+        v = _values(parameters)
+        tiles, _ = self._tiles(problem, parameters)
+        return tiles * -(-problem.shape.batch // (v.samples * v.threads)) * v.cluster
+
+    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+        """See base class."""
+        v = _values(parameters)
+        constants = lanes.constants(problem, v.pairs, v.outs) | {
+            "samples": v.samples,
+            "threads": v.threads,
+            "cluster": v.cluster,
+            "ahead": v.ahead,
+            "coordinates": "inline",
+            "copy": next(n for n in (4, 2, 1) if problem.shape.pairs % n == 0 and v.pairs % n == 0),
+            "asynchronous": 1,
+        }
+        return KernelSpec.make("cluster_stationary.cu.j2", problem.device.arch, constants)
+
+    def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
+        """See base class."""
+        shape = problem.shape
+        results = ("y",) if problem.operation is Operation.FORWARD else ("grad", "grad_x")
+        buffers = ("x", "borders", *lanes.table_buffers(problem), *results)
+        launch = Launch(
+            f"lmkan_{problem.operation}",
+            (*buffers, shape.batch, shape.pairs, shape.outputs, *lanes.layout(problem)),
+            (self._blocks(problem, parameters), 1, 1),
+            int(parameters["threads"]),
+            self.shared_memory(problem, parameters),
+        )
+        return LaunchPlan((), (launch,))
+
+
+class _Values(NamedTuple):
+    pairs: int
+    outs: int
+    samples: int
+    threads: int
+    cluster: int
+    ahead: int
+
+
+def _values(parameters: Parameters) -> _Values:
+    return _Values(*(int(parameters[name]) for name in _Values._fields))
+
+
+FAMILY = ClusterStationary()
