@@ -23,6 +23,7 @@ from lmkan_gen.families import family as family_called
 from lmkan_gen.plan import KernelSpec
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.resources import resource_directory
+from lmkan_gen.toolchain import nvcc
 from lmkan_gen.tuning_file import load
 
 #: large, small batch, few inputs with a fine grid, and partial tiles everywhere, the last pair too
@@ -209,3 +210,26 @@ def test_clamps_with_predicates_are_recognised() -> None:
     """In what nvdisasm makes of a comparison with the last cell's number, and of an ordinary clamp."""
     assert CLAMP_WITH_PREDICATE.search("/*0150*/                   VIMNMX.RELU R4, P2, P2, R8, 0x3, PT ;")
     assert not CLAMP_WITH_PREDICATE.search("/*01d0*/                   VIMNMX.RELU R5, PT, PT, R8, 0x3, PT ;")
+
+
+def test_nvrtc_takes_the_kernels_of_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads some of C++ otherwise than nvcc, by which everything else here is compiled."""
+    monkeypatch.delenv(nvcc.OVERRIDE, raising=False)
+    monkeypatch.setattr(nvcc, "installed", lambda: ())
+    monkeypatch.setattr(toolchain, "_known", {})
+    specs: dict[tuple[str, Operation], KernelSpec] = {}
+    tables = (TableDtype.FLOAT32, TableDtype.FLOAT16)
+    for operation, table, batch in product(Operation, tables, (4096, 8)):
+        problem = Problem(operation, LayerShape(64, 64, 5, batch), target("sm_90"), table, constant=True)
+        for family in families("cuda", operation, table):
+            parameters = family.default(problem)
+            if parameters is not None:
+                specs.setdefault((family.name, operation), family.spec(problem, parameters))
+    templates = {path.name for path in resource_directory("templates").glob("*.cu.j2")}
+    assert {spec.template for spec in specs.values()} == templates
+    try:
+        toolchain.compiler(next(iter(specs.values())))
+    except toolchain.CompilerMissing as error:
+        pytest.skip(str(error))
+    for binary in toolchain.build(list(specs.values())):
+        assert not isinstance(binary, Exception), binary

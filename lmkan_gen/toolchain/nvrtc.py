@@ -27,7 +27,9 @@ def find(arch: str) -> Compiler:
         raise CompilerMissing(f"NVRTC {version} does not compile for {arch}; {ADVICE} of a newer release")
     # -P: the script's own directory must not shadow modules
     executable = (sys.executable, "-P", str(Path(__file__).with_name("nvrtc_main.py")))
-    flags = (f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v")
+    # unlike nvcc it takes generic lambdas for host code unless told otherwise
+    everything = "--device-as-default-execution-space"
+    flags = (f"--gpu-architecture={arch}", "--std=c++17", everything, "--ptxas-options=-v")
     return Compiler(f"nvrtc {version}", flags, executable, "kernel.cu", "kernel.cubin")
 
 
