@@ -294,16 +294,16 @@ def _prepare_choice(
 
 
 def _contiguous(run: Run, plan: LaunchPlan) -> Run:
-    """``run`` for gradients of any strides: what the plan asks no strides of is copied before or after."""
-    names = {"grad", "grad_x"} & plan.buffers - {stride.buffer for stride in plan.strides}
+    """``run`` for tensors of any strides: what the plan asks no strides of is copied before or after."""
+    names = {"x", "grad", "grad_x"} & plan.buffers - {stride.buffer for stride in plan.strides}
 
     def run_on_copies(buffers: Buffers) -> None:
         copies: dict[str, Tensor] = {}
         for name in names:
             if not buffers[name].is_contiguous():
                 copies[name] = torch.empty_like(buffers[name], memory_format=torch.contiguous_format)
-        if "grad" in copies:
-            copies["grad"].copy_(buffers["grad"])
+        for name in {"x", "grad"} & copies.keys():
+            copies[name].copy_(buffers[name])
         run({**buffers, **copies} if copies else buffers)
         if "grad_x" in copies:
             buffers["grad_x"].copy_(copies["grad_x"])

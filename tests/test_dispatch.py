@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lmkan_gen import device, dispatch, knots, launch, reference, set_workspace_limit
 from lmkan_gen.families import Demand
-from lmkan_gen.plan import KernelSpec, LaunchPlan
+from lmkan_gen.plan import KernelSpec, Launch, LaunchPlan, Stride, strides
 from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem
 from lmkan_gen.selection import Choice, Tier
 from lmkan_gen.toolchain import CompilerMissing
@@ -237,6 +237,25 @@ def test_workspace_that_is_none(monkeypatch: pytest.MonkeyPatch, text: str) -> N
     monkeypatch.setenv(dispatch.WORKSPACE_VARIABLE, text)
     with pytest.raises(ValueError, match=r"LMKAN_GEN_WORKSPACE is .*, must be a positive number of MiB"):
         dispatch.explain(Operation.FORWARD, SHAPE, CPU)
+
+
+@pytest.mark.parametrize("asked", [(), strides("x")])
+def test_what_a_plan_asks_no_strides_of_it_gets_contiguous(asked: tuple[Stride, ...]) -> None:
+    plan = LaunchPlan((), (Launch("k", ("x", "grad", "grad_x", *asked)),))
+    seen: dict[str, Tensor] = {}
+
+    def kernel(buffers: Mapping[str, Tensor]) -> None:
+        seen.update(buffers)
+        buffers["grad_x"].copy_(buffers["x"] + 1)
+
+    x, grad, grad_x = torch.randn(5, 4).T, torch.randn(5, 3).T, torch.full((5, 4), torch.nan).T
+    dispatch._contiguous(kernel, plan)({"x": x, "grad": grad, "grad_x": grad_x})
+    assert {name for name, tensor in seen.items() if not tensor.is_contiguous()} == (
+        {"x"} if asked else set()
+    )
+    assert torch.equal(seen["x"], x)
+    assert torch.equal(seen["grad"], grad)
+    assert torch.equal(grad_x, x + 1)
 
 
 @pytest.fixture
