@@ -33,7 +33,7 @@ STREAMED: dict[str, Constant] = {
     "together": 2, "copies": "bulk",
 }  # fmt: skip
 CLUSTERED: dict[str, Constant] = {
-    "pairs": 4, "outs": 8, "samples": 1, "threads": 256, "cluster": 2, "ahead": 2,
+    "pairs": 4, "outs": 8, "samples": 1, "threads": 256, "cluster": 2, "splits": 1, "ahead": 2,
 }  # fmt: skip
 PRODUCT: dict[str, Constant] = {
     "samples": 32, "warps": 4, "tiles": 1, "pairs": 16, "slice": 32, "stages": 3,
@@ -86,7 +86,9 @@ _INSTRUCTIONS = {
     "barrier.cluster.arrive": "cluster_arrive();",
     "barrier.cluster.wait": "cluster_wait();",
     "mapa.shared::cluster": "other = address_in_cluster(address, rank);",
-    "ld.shared::cluster.f32": "value = *reinterpret_cast<const float*>(shared_memory_of_cluster + other);",
+    "ld.shared::cluster.v4.f32": (
+        "value = *reinterpret_cast<const float4*>(shared_memory_of_cluster + other);"
+    ),
     "griddepcontrol.launch_dependents": ";",
     "griddepcontrol.wait": "wait_for_earlier_kernels();",
     "ldmatrix.sync.aligned.m8n8.x4.shared": "rows_of_matrices(to, address, false);",

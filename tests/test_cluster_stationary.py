@@ -34,7 +34,12 @@ EDGES: list[tuple[Operation, int, int, int, dict[str, Constant]]] = [
     (FORWARD, 10, 5, 31, {"pairs": 8, "outs": 4, "cluster": 2, "ahead": 4}),  # one tile
     (FORWARD, 34, 33, 700, {"pairs": 2, "outs": 16, "samples": 2, "cluster": 4, "ahead": 1}),
     (FORWARD, 35, 6, 1100, {"pairs": 16, "outs": 4, "samples": 4, "cluster": 2, "ahead": 4}),
+    (FORWARD, 41, 19, 300, {"splits": 2}),  # 6 tiles for 4 blocks, one and two each
+    (FORWARD, 38, 11, 70, {"splits": 4}),  # 5 tiles for 8 blocks
+    (FORWARD, 38, 11, 301, {"cluster": 1, "splits": 4}),
     (GRAD_INPUT, 16, 32, 256, {}),
+    (GRAD_INPUT, 19, 43, 300, {"splits": 2}),
+    (GRAD_INPUT, 12, 37, 70, {"splits": 4, "ahead": 1}),
     (GRAD_INPUT, 19, 43, 300, {}),
     (GRAD_INPUT, 12, 37, 70, {"cluster": 8, "ahead": 1}),
     (GRAD_INPUT, 5, 7, 31, {"pairs": 8, "outs": 4, "cluster": 2, "ahead": 4}),
@@ -112,7 +117,7 @@ def test_it_may_start_early(directory: Path, operation: Operation) -> None:
 
 
 BLOCK_BARRIER = r"__syncthreads\(\);"
-CLUSTER_BARRIER = r"arrive_at_cluster\(\);.*\n *wait_for_cluster\(\);"
+CLUSTER_BARRIER = r"arrive_(at_cluster|having_read)\(\);.*\n *wait_for_cluster\(\);"
 
 
 @pytest.mark.parametrize("operation", [FORWARD, GRAD_INPUT])
@@ -176,6 +181,16 @@ def test_what_does_not_fit_is_said(
     found = {v.limit: v.message for v in FAMILY.violations(asked, CLUSTERED | change)}
     assert said in found[limit]
     assert FAMILY.violations(asked, CLUSTERED | {"outs": 16}) == []
+
+
+def test_clusters_that_add_to_zeros_are_not_for_a_fixed_order() -> None:
+    asked = problem(FORWARD, LayerShape(128, 128, 10, 1024))
+    parameters = CLUSTERED | {"outs": 16, "splits": 2}
+    assert FAMILY.violations(asked, parameters) == []
+    assert [type(step) for step in FAMILY.plan(asked, parameters).steps] == [Fill, Launch]
+    (violation,) = FAMILY.violations(replace(asked, deterministic=True), parameters)
+    assert violation.limit == "deterministic"
+    assert "splits=1" in violation.message
 
 
 def test_older_gpus_have_no_clusters() -> None:

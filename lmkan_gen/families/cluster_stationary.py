@@ -13,7 +13,7 @@ from typing import NamedTuple
 from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Family, Parameters, Violation
-from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan
+from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan
 from lmkan_gen.problem import Operation, Problem, TableDtype
 
 _MAX_GRID = 2**31 - 1  # blocks along the first axis
@@ -38,14 +38,16 @@ class ClusterStationary(Family):
         """See base class.
 
         A block holds the tables of ``pairs`` pairs and ``outs`` outputs, for ``samples`` samples of each of
-        its ``threads``; a ``cluster`` has so many blocks. Loads of inputs run ``ahead`` by so many pairs.
+        its ``threads``; a ``cluster`` has so many blocks. So many ``splits`` of the tiles of a sum have a
+        cluster each, which adds to zeros. Loads of inputs run ``ahead`` by so many pairs.
         """
         return {
             "pairs": (2, 4, 8, 16),
             "outs": (4, 8, 16, 32),
             "samples": (1, 2, 4),
             "threads": (256, 512, 1024),
-            "cluster": (2, 4, 8),
+            "cluster": (1, 2, 4, 8),
+            "splits": (1, 2, 4, 8),
             "ahead": (1, 2, 4),
         }
 
@@ -89,6 +91,9 @@ class ClusterStationary(Family):
                     f"{device.shared_memory_per_block}",
                 )
             )
+        if problem.deterministic and v.splits > 1:
+            why = f"{v.splits} clusters add to the same results in an order that varies, splits=1 has one"
+            found.append(Violation("deterministic", why))
         if v.ahead > v.pairs:
             found.append(Violation("wasted", f"ahead={v.ahead} is more than the tile's {v.pairs} pairs"))
         if problem.operation is Operation.FORWARD and v.ahead % 2 and lanes.pack(problem) > 1:
@@ -118,7 +123,7 @@ class ClusterStationary(Family):
         return (
             v.pairs >= 2 * shape.pairs
             or v.outs >= 2 * shape.outputs
-            or v.cluster > 2 * summed
+            or v.cluster * v.splits > 2 * summed
             or (v.samples * v.threads >= 2 * shape.batch and (v.samples, v.threads) != (1, 256))
         )
 
@@ -135,7 +140,7 @@ class ClusterStationary(Family):
         ways = product((2, 4, 8, 16), (4, 8, 16), (1, 2), (256, 512, 1024))  # more samples may spill
         for pairs, outs, samples, threads in ways:
             parameters: dict[str, Constant] = {"pairs": pairs, "outs": outs, "samples": samples}
-            parameters |= {"threads": threads, "ahead": 2}
+            parameters |= {"threads": threads, "ahead": 2, "splits": 1}
             _, summed = self._tiles(problem, parameters)
             parameters["cluster"] = next(n for n in (2, 4, 8) if n >= min(summed, 8))
             # by which what was never compiled has to stay below its limit
@@ -161,7 +166,7 @@ class ClusterStationary(Family):
         _, summed = self._tiles(problem, parameters)
         waves = -(-self._blocks(problem, parameters) // problem.device.multiprocessors)
         exchange = 2 * self._parts(problem, parameters) / _STAGING_RATE
-        return waves * (-(-summed // v.cluster) * (staging + compute) + exchange + _START_US)
+        return waves * (-(-summed // (v.cluster * v.splits)) * (staging + compute) + exchange + _START_US)
 
     @staticmethod
     def _registers(problem: Problem, parameters: Parameters) -> int:
@@ -183,10 +188,10 @@ class ClusterStationary(Family):
         return (out_tiles, pair_tiles) if forward else (pair_tiles, out_tiles)
 
     def _blocks(self, problem: Problem, parameters: Parameters) -> int:
-        """A cluster for every tile of the result and group of samples."""
+        """A cluster for every tile of the result, group of samples, and split of the sum."""
         v = _values(parameters)
         tiles, _ = self._tiles(problem, parameters)
-        return tiles * -(-problem.shape.batch // (v.samples * v.threads)) * v.cluster
+        return tiles * -(-problem.shape.batch // (v.samples * v.threads)) * v.cluster * v.splits
 
     def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
         """See base class."""
@@ -195,6 +200,7 @@ class ClusterStationary(Family):
             "samples": v.samples,
             "threads": v.threads,
             "cluster": v.cluster,
+            "splits": v.splits,
             "ahead": v.ahead,
             "coordinates": "inline",
             "copy": next(n for n in (4, 2, 1) if problem.shape.pairs % n == 0 and v.pairs % n == 0),
@@ -214,7 +220,8 @@ class ClusterStationary(Family):
             int(parameters["threads"]),
             self.shared_memory(problem, parameters),
         )
-        return LaunchPlan((), (launch,))
+        zeros = (Fill(results[-1]),) if _values(parameters).splits > 1 else ()
+        return LaunchPlan((), (*zeros, launch))
 
 
 class _Values(NamedTuple):
@@ -223,6 +230,7 @@ class _Values(NamedTuple):
     samples: int
     threads: int
     cluster: int
+    splits: int
     ahead: int
 
 
