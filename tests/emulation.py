@@ -30,7 +30,7 @@ Run = Callable[[Mapping[str, Tensor]], None]
 #: gradients
 STREAMED: dict[str, Constant] = {
     "pairs": 4, "outs": 8, "samples": 2, "threads": 64, "stages": 2, "blocks": 1, "vector": 1,
-    "together": 2, "copies": "bulk",
+    "together": 2, "copies": "bulk", "ahead": 1,
 }  # fmt: skip
 CLUSTERED: dict[str, Constant] = {
     "pairs": 4, "outs": 8, "samples": 1, "threads": 256, "cluster": 2, "splits": 1, "ahead": 2,

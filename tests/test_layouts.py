@@ -58,8 +58,12 @@ TILES: dict[str, Constant] = {
 WIDE: dict[str, Constant] = {**TILES, "pairs": 32}
 FUSED: dict[str, Constant] = {"pairs": 2, "outs": 4, "threads": 128, "mode": "normal"}
 SORTED: dict[str, Constant] = {"items": 1, "segment": 32, "vector": 1, "unroll": 2, "blocks": 2}
+#: forward, with a pre-pass
+AHEAD: dict[str, Constant] = {**STREAMED, "coordinates": "prepass", "ahead": 2}
 #: rows of half as many words as there are banks, read two at a time
 HALVES: dict[str, Constant] = {**STREAMED, "pairs": 2, "vector": 2, "stages": 3}
+#: without a pre-pass
+WITHOUT: dict[str, Constant] = {**STREAMED, "ahead": 4, "coordinates": "inline"}
 ROWS: dict[str, Constant] = {"warps": 2, "vector": 1, "unroll": 2}
 #: so few multiprocessors that each block has several items of work, and pieces of others
 STREAMING = replace(devices.target("sm_90"), multiprocessors=3)
@@ -71,12 +75,13 @@ EMULATED: list[tuple[str, Operation, TableDtype, dict[str, Constant], tuple[int,
     ("tile_stationary", Operation.FORWARD, INT8, {**TILES, "coordinates": "prepass"}, (11, 9, 75)),
     ("tile_stationary", Operation.GRAD_INPUT, FLOAT32, {**TILES, "coordinates": "prepass"}, (11, 9, 75)),
     ("tile_stationary", Operation.BACKWARD, FLOAT32, FUSED, (7, 5, 75)),
-    ("output_stationary", Operation.FORWARD, FLOAT32, {**STREAMED, "ahead": 2}, (19, 11, 333)),
-    ("output_stationary", Operation.FORWARD, INT8, {**STREAMED, "ahead": 4}, (19, 11, 333)),
+    ("output_stationary", Operation.FORWARD, FLOAT32, AHEAD, (19, 11, 333)),
+    ("output_stationary", Operation.FORWARD, INT8, {**AHEAD, "ahead": 4}, (19, 11, 333)),
+    ("output_stationary", Operation.FORWARD, FLOAT32, WITHOUT, (19, 11, 333)),
     ("output_stationary", Operation.GRAD_INPUT, FLOAT32, STREAMED, (19, 11, 333)),
-    ("output_stationary", Operation.FORWARD, FLOAT32, {**HALVES, "ahead": 2}, (19, 11, 700)),
-    ("output_stationary", Operation.FORWARD, INT8, {**STREAMED, "ahead": 4, "vector": 4}, (19, 11, 700)),
-    ("output_stationary", Operation.GRAD_INPUT, FLOAT32, HALVES, (19, 11, 700)),
+    ("output_stationary", Operation.FORWARD, FLOAT32, {**AHEAD, **HALVES, "ahead": 2}, (19, 11, 700)),
+    ("output_stationary", Operation.FORWARD, INT8, {**AHEAD, "ahead": 4, "vector": 4}, (19, 11, 700)),
+    ("output_stationary", Operation.GRAD_INPUT, FLOAT32, {**HALVES, "ahead": 2}, (19, 11, 700)),
     ("cluster_stationary", Operation.FORWARD, FLOAT32, CLUSTERED, (35, 9, 300)),
     ("cluster_stationary", Operation.GRAD_INPUT, FLOAT32, CLUSTERED, (9, 35, 300)),
     ("cell_sorted", Operation.BACKWARD, FLOAT32, SORTED, (7, 5, 75)),

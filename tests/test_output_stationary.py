@@ -6,6 +6,7 @@ import ctypes
 import math
 import subprocess
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -27,7 +28,7 @@ FAMILY = family("output_stationary")
 GPU = target("sm_90")
 PARAMETERS: dict[str, Constant] = {
     "pairs": 4, "outs": 16, "samples": 3, "threads": 384, "stages": 2, "blocks": 1, "ahead": 2, "vector": 1,
-    "together": 4, "copies": "bulk",
+    "together": 4, "copies": "bulk", "coordinates": "prepass",
 }  # fmt: skip
 
 Items = Callable[[int, int, int, int], list[tuple[int, int, int]]]
@@ -173,6 +174,7 @@ def test_results_need_no_zeros_and_no_order_but_their_own() -> None:
         ({"pairs": 16, "outs": 32}, "shared_memory"),
         ({"ahead": 8}, "wasted"),
         ({"samples": 8, "threads": 512}, "registers"),
+        ({"coordinates": "inline"}, "wasted"),
     ],
 )
 def test_what_does_not_fit_is_said(change: dict[str, Constant], limit: str) -> None:
@@ -216,10 +218,14 @@ def test_tables_that_are_copied_as_they_lie_are_not_arranged(
     buffer = "table" if table is TableDtype.FLOAT32 else "words"
     assert plan.tensor_maps == {TensorMap(buffer, (12, words, 10, 10), (4, 16 // pack, 10, 10))}
     assert buffer in plan.buffers
+    before = ["lmkan_coordinates"] if operation is Operation.FORWARD else []
     assert [step.kernel for step in plan.steps if isinstance(step, Launch)] == [
-        "lmkan_coordinates",
+        *before,
         f"lmkan_{operation}",
     ]
+    inline = FAMILY.plan(asked, BOXES | {"ahead": 4, "coordinates": "inline"})
+    assert inline.workspaces == ()
+    assert len(inline.steps) == 1
 
 
 @pytest.mark.gpu
@@ -257,6 +263,14 @@ def test_few_samples_do_not_get_what_keeps_sums_of_many(operation: Operation) ->
         for batch in (64, 256, 16384)
     }
     assert families_of == {64: "tile_stationary", 256: "tile_stationary", 16384: "output_stationary"}
+
+
+def test_tables_that_were_arranged_before_pay_for_fewer_samples() -> None:
+    """Int8 stages have to be arranged, but not by each call."""
+    (gpu,) = (model for model in devices.models("sm_90") if model.name == "NVIDIA H200")
+    asked = Problem(Operation.FORWARD, LayerShape(1024, 1024, 12, 1024), gpu, TableDtype.INT8, constant=True)
+    assert select(asked).family == "output_stationary"
+    assert FAMILY.preference(replace(asked, constant=False)) < 0 < FAMILY.preference(asked)
 
 
 def test_older_gpus_have_no_bulk_copies() -> None:

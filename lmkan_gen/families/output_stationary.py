@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import product
 
 from lmkan_gen.device import REGISTERS, registers_per_thread
@@ -24,7 +25,7 @@ _CACHE_RATE = 25.0  # bytes a cycle from the level-2 cache to a multiprocessor
 _TOGETHER = (1, 2, 4, 8, 16, 32)
 #: of an input gradient, in passes: gradients are waited for. Tiles of 8 x 4 took 1.4 times as long as 8 x 8
 _PER_STAGE = 64
-_ARRANGED_WORDS = 2048  # of a block that arranges a table, or a row of it
+_ARRANGED_WORDS = 512  # of a block that arranges a table, or a row of it
 _TENSOR_WORDS = 4  # of which innermost rows of tensor copies are whole multiples
 _MAX_BOX = 256  # elements of a tensor copy along an axis
 _LATENCY_CYCLES = 800.0  # of the level-2 cache under load: what is asked for should be used no sooner
@@ -48,13 +49,15 @@ class OutputStationary(Family):
         """See base class.
 
         A stage holds the tables of ``pairs`` pairs and ``outs`` outputs; a lane sums over pairs (forward) or
-        outputs for ``samples`` samples. Loads of coordinates run ``ahead`` by so many pairs. It reads
-        ``vector`` words of a table at a time. Blocks are at about ``together`` tiles at a time. Stages are
-        ``bulk`` copies of a table that was arranged for it, or ``tensor`` copies out of the table as it is.
+        outputs for ``samples`` samples. Loads run ``ahead``: those of coordinates by so many pairs, those of
+        gradients by so many samples. It reads ``vector`` words of a table at a time. Blocks are at about
+        ``together`` tiles at a time. Stages are ``bulk`` copies of a table that was arranged for it, or
+        ``tensor`` copies out of the table as it is. Forward finds coordinates in a ``prepass`` or ``inline``,
+        once for each tile of outputs; the input gradient does without a pre-pass.
         """
         common: dict[str, tuple[Constant, ...]] = {
             "samples": (1, 2, 3, 4, 5, 6, 8),
-            "threads": (64, 256, 384, 448, 512, 640, 768),
+            "threads": (64, 256, 384, 448, 512, 640, 768, 896, 1024),
             "stages": (2, 3, 4, 6, 8),
             "blocks": (1, 8),
             "vector": (1, 2, 4),
@@ -62,8 +65,9 @@ class OutputStationary(Family):
             "copies": ("bulk", "tensor"),
         }
         if operation is Operation.FORWARD:
-            return {"pairs": (1, 2, 4, 8), "outs": (8, 16, 32), "ahead": (1, 2, 4, 8)} | common
-        return {"pairs": (1, 2, 4, 8, 16), "outs": (2, 4, 8, 16)} | common
+            tile = {"pairs": (1, 2, 4, 8), "outs": (8, 16, 32), "ahead": (1, 2, 4, 8)}
+            return tile | common | {"coordinates": ("prepass", "inline")}
+        return {"pairs": (1, 2, 4, 8, 16), "outs": (2, 4, 8, 16), "ahead": (1, 2)} | common
 
     def shared_memory(self, problem: Problem, parameters: Parameters) -> int:
         """Bytes of dynamic shared memory of one block."""
@@ -119,6 +123,12 @@ class OutputStationary(Family):
             found.append(
                 Violation("table", f"two pairs share a sum in {problem.table}, ahead={ahead} is odd")
             )
+        if _is_inline(problem, parameters) and problem.operation is Operation.FORWARD:
+            if ahead != pairs:
+                why = f"ahead={ahead}: inputs are asked for a stage at a time, by ahead={pairs} pairs"
+                found.append(Violation("wasted", why))
+            if problem.table is TableDtype.INT8:
+                found.append(Violation("table", "int8 weights come from a pre-pass"))
         if problem.table is TableDtype.INT8 and pairs > SCALE_PAIRS:
             found.append(Violation("table", f"int8 scales are those of {SCALE_PAIRS} pairs, not {pairs}"))
         needed = self._registers(problem, parameters)
@@ -191,7 +201,7 @@ class OutputStationary(Family):
         """What a lane keeps: sums, coordinates asked for and at hand, addresses and weights."""
         pairs, outs, samples, _, _, ahead = _values(parameters)
         if problem.operation is Operation.GRAD_INPUT:
-            return 4 * samples * pairs + 2 * (outs + samples) + 20
+            return 3 * samples * pairs + samples * -(-pairs // 2) + (1 + ahead) * outs + 2 * samples + 20
         narrow = {TableDtype.FLOAT32: 0, TableDtype.INT8: 2 * outs}.get(problem.table, outs // 2)
         return samples * outs + narrow + 4 * ahead + 24
 
@@ -211,7 +221,7 @@ class OutputStationary(Family):
         """
         shape = problem.shape
         width = shape.outputs if problem.operation is Operation.FORWARD else shape.pairs
-        arranged = self._tensor_violations(problem, _TENSOR_WORDS, 1)
+        arranged = bool(self._tensor_violations(problem, _TENSOR_WORDS, 1)) and not _is_kept(problem)
         least = (256 if arranged else 128) * lanes.WARP * problem.device.multiprocessors
         return 0.5 if shape.batch * width >= least else -0.5
 
@@ -244,7 +254,9 @@ class OutputStationary(Family):
             parameters: dict[str, Constant] = {"pairs": pairs, "outs": outs, "samples": samples}
             parameters |= {"threads": threads, "stages": 2, "blocks": 1, "vector": 1, "copies": copies}
             if forward:
-                parameters["ahead"] = min(pairs, 2 if is_float else 4)
+                parameters |= {"ahead": min(pairs, 2 if is_float else 4), "coordinates": "prepass"}
+            else:
+                parameters["ahead"] = 1
             yield parameters | {"together": OutputStationary._default_together(problem, parameters)}
 
     def estimate(self, problem: Problem, parameters: Parameters) -> float:
@@ -276,13 +288,14 @@ class OutputStationary(Family):
         columns = -(-shape.batch // threads) * tiles
         columns = -(-columns // problem.device.multiprocessors)
         time = columns * summed * cycles / _CYCLES_PER_US
-        moved = 16 * shape.batch * shape.pairs
+        moved = 0 if _is_inline(problem, parameters) else 16 * shape.batch * shape.pairs
         if _is_arranged(problem, parameters):
             moved += 2 * tiles * summed * _stage_bytes(problem, pairs, outs)
         return time + moved / _COPY_RATE + 3 * _LAUNCH_US
 
     def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
         """See base class."""
+        problem = _as_read(problem, parameters)
         pairs, outs, samples, threads, stages, ahead = _values(parameters)
         constants = lanes.constants(problem, pairs, outs, _vector(parameters)) | {
             "samples": samples,
@@ -290,19 +303,26 @@ class OutputStationary(Family):
             "stages": stages,
             "ahead": ahead,
             "blocks": int(parameters["blocks"]),
-            "coordinates": "prepass",
+            "coordinates": "inline" if _is_inline(problem, parameters) else "prepass",
             "tensor": int(_is_tensor(parameters)),
         }
         return KernelSpec.make("output_stationary.cu.j2", problem.device.arch, constants)
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""
+        problem = _as_read(problem, parameters)
         shape, forward = problem.shape, problem.operation is Operation.FORWARD
         pairs, outs, samples, threads, _, _ = _values(parameters)
         warps = threads // lanes.WARP
         pair_tiles, out_tiles = -(-shape.pairs // pairs), -(-shape.outputs // outs)
-        workspaces, launch = lanes.prepass(problem, pairs, spare=samples * warps)
-        steps = [launch]
+        workspaces: list[Workspace] = []
+        steps: list[Launch] = []
+        source: tuple[str, ...] = ("x", "borders")
+        layout = lanes.layout(problem)
+        if not _is_inline(problem, parameters):
+            source, layout = ("coordinates",), ()
+            workspaces, launch = lanes.prepass(problem, pairs, spare=samples * warps)
+            steps.append(launch)
         words, tile_words = -(-shape.outputs // lanes.pack(problem)), outs // lanes.pack(problem)
         arranged = _is_arranged(problem, parameters)
         stages: Argument = "stages"
@@ -321,7 +341,6 @@ class OutputStationary(Family):
             steps.append(Launch("lmkan_arrange_table", table_of, grid, 256))
         else:
             stages = stages_name(pairs, tile_words, _vector(parameters))
-        borders: tuple[str, ...] = () if forward else ("borders",)
         by_plan: tuple[int, ...] = (int(arranged),) if forward else ()
         buffers: tuple[str, ...] = ("y",) if forward else ("grad", "grad_x")
         tiles = out_tiles if forward else pair_tiles
@@ -336,7 +355,7 @@ class OutputStationary(Family):
         steps.append(
             Launch(
                 f"lmkan_{problem.operation}",
-                ("coordinates", *borders, stages, *buffers, *sizes, together, *by_plan),
+                (*source, stages, *buffers, *sizes, together, *by_plan, *layout),
                 (blocks, 1, 1),
                 threads,
                 self.shared_memory(problem, parameters),
@@ -352,7 +371,7 @@ def _values(parameters: Parameters) -> tuple[int, int, int, int, int, int]:
         int(parameters["samples"]),
         int(parameters["threads"]),
         int(parameters["stages"]),
-        int(parameters.get("ahead", 1)),
+        int(parameters["ahead"]),
     )
 
 
@@ -385,8 +404,25 @@ def _is_tensor(parameters: Parameters) -> bool:
 
 def _is_arranged(problem: Problem, parameters: Parameters) -> bool:
     """Whether a kernel of the plan arranges the table, and not the caller for many calls, or nobody."""
-    kept = problem.constant and problem.operation is Operation.FORWARD
-    return not (kept or _is_tensor(parameters))
+    return not (_is_kept(problem) or _is_tensor(parameters))
+
+
+def _is_kept(problem: Problem) -> bool:
+    """Whether the caller arranges the table, once for many calls."""
+    return problem.constant and problem.operation is Operation.FORWARD
+
+
+def _is_inline(problem: Problem, parameters: Parameters) -> bool:
+    """Whether coordinates are computed where they are needed: by input gradients, who need them twice."""
+    return problem.operation is Operation.GRAD_INPUT or parameters["coordinates"] == "inline"
+
+
+def _as_read(problem: Problem, parameters: Parameters) -> Problem:
+    """What kernels are made for: those without a pre-pass get a copy of inputs whose samples lie apart.
+
+    Lanes would read them from a line of memory each: 1.6 times as long at 128, 128, 10, 16384.
+    """
+    return replace(problem, strided=False) if _is_inline(problem, parameters) else problem
 
 
 def _vector(parameters: Parameters) -> int:
