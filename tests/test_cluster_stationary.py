@@ -33,10 +33,9 @@ EDGES: list[tuple[Operation, int, int, int, dict[str, Constant]]] = [
     (FORWARD, 38, 11, 70, {"cluster": 8, "ahead": 1}),  # 5 tiles for 8 blocks
     (FORWARD, 10, 5, 31, {"pairs": 8, "outs": 4, "cluster": 2, "ahead": 4}),  # one tile
     (FORWARD, 34, 33, 700, {"pairs": 2, "outs": 16, "samples": 2, "cluster": 4, "ahead": 1}),
-    (FORWARD, 35, 6, 1100, {"pairs": 16, "outs": 4, "samples": 4, "cluster": 2, "ahead": 4}),
+    (FORWARD, 35, 6, 1100, {"pairs": 16, "outs": 4, "samples": 2, "cluster": 2, "ahead": 4}),
     (FORWARD, 41, 19, 300, {"splits": 2}),  # 6 tiles for 4 blocks, one and two each
     (FORWARD, 38, 11, 70, {"splits": 4}),  # 5 tiles for 8 blocks
-    (FORWARD, 38, 11, 301, {"cluster": 1, "splits": 4}),
     (GRAD_INPUT, 16, 32, 256, {}),
     (GRAD_INPUT, 19, 43, 300, {"splits": 2}),
     (GRAD_INPUT, 12, 37, 70, {"splits": 4, "ahead": 1}),
@@ -44,7 +43,7 @@ EDGES: list[tuple[Operation, int, int, int, dict[str, Constant]]] = [
     (GRAD_INPUT, 12, 37, 70, {"cluster": 8, "ahead": 1}),
     (GRAD_INPUT, 5, 7, 31, {"pairs": 8, "outs": 4, "cluster": 2, "ahead": 4}),
     (GRAD_INPUT, 10, 50, 700, {"pairs": 2, "outs": 16, "samples": 2, "cluster": 4, "ahead": 1}),
-    (GRAD_INPUT, 35, 9, 1100, {"pairs": 16, "outs": 4, "samples": 4, "cluster": 2, "ahead": 4}),
+    (GRAD_INPUT, 35, 9, 1100, {"pairs": 16, "outs": 4, "samples": 2, "cluster": 2, "ahead": 4}),
 ]
 
 
@@ -168,8 +167,8 @@ def test_one_launch_writes_every_result_once() -> None:
     [
         (FLOAT32, {"pairs": 2}, "tile", "2 pairs x 8 words"),
         (FLOAT32, {"pairs": 16, "outs": 32}, "shared_memory", "16 pairs x 32 outputs"),
-        (FLOAT32, {"outs": 32, "samples": 4, "threads": 1024}, "shared_memory", "524288 bytes of results"),
-        (FLOAT32, {"samples": 4, "threads": 1024}, "registers", "1024 threads have 64 registers"),
+        (FLOAT32, {"outs": 32, "samples": 2, "threads": 1024}, "shared_memory", "262144 bytes of results"),
+        (FLOAT32, {"outs": 16, "samples": 2, "threads": 1024}, "registers", "1024 threads have 64 registers"),
         (FLOAT32, {"pairs": 2, "outs": 16, "ahead": 4}, "wasted", "ahead=4"),
         (FLOAT16, {"outs": 16, "ahead": 1}, "table", "ahead=1 is odd; take 2 or 4"),
     ],

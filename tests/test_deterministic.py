@@ -55,8 +55,8 @@ def test_sums_over_tiles_are_not_split(batch: int, operation: Operation, table: 
         # tuned, with the same parameters
         (LayerShape(512, 512, 18, 1 << 18), ["cell_sorted"]),
         (LayerShape(12, 256, 28, 1 << 16), ["cell_sorted"]),
-        # tuned too, but in an order that varies: the tile-stationary kernel for both
-        (LayerShape(64, 64, 8, 256), ["tile_stationary", "cell_sorted"]),
+        # tuned too, but in an order that varies: the tile-stationary kernel for both. Apart they are not
+        (LayerShape(64, 64, 8, 256), ["cluster_stationary", "cell_sorted"]),
         # outputs for which no block is wide enough
         (LayerShape(64, 8192, 8, 1024), ["tile_stationary", "cell_sorted"]),
         (LayerShape(126, 126, 200, 4096), ["cell_sorted"]),

@@ -44,9 +44,9 @@ class ClusterStationary(Family):
         return {
             "pairs": (2, 4, 8, 16),
             "outs": (4, 8, 16, 32),
-            "samples": (1, 2, 4),
+            "samples": (1, 2),
             "threads": (256, 512, 1024),
-            "cluster": (1, 2, 4, 8),
+            "cluster": (2, 4, 8),
             "splits": (1, 2, 4, 8),
             "ahead": (1, 2, 4),
         }

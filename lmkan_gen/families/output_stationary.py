@@ -57,7 +57,7 @@ class OutputStationary(Family):
         """
         common: dict[str, tuple[Constant, ...]] = {
             "samples": (1, 2, 3, 4, 5, 6, 8),
-            "threads": (64, 256, 384, 448, 512, 640, 768, 896, 1024),
+            "threads": (64, 256, 384, 448, 512, 640, 768),
             "stages": (2, 3, 4, 6, 8),
             "blocks": (1, 8),
             "vector": (1, 2, 4),
@@ -211,7 +211,7 @@ class OutputStationary(Family):
         if problem.operation is Operation.GRAD_INPUT:
             pairs, outs, *_ = _values(parameters)
             few = problem.table is TableDtype.FLOAT32 and not _is_later(problem)
-            return (24 if few else 32) + 16 * lanes.is_partial(problem, pairs, outs)
+            return (24 if few else 40) + 16 * lanes.is_partial(problem, pairs, outs)
         return {TableDtype.FLOAT32: 16, TableDtype.INT8: 8}.get(problem.table, 0)
 
     def preference(self, problem: Problem) -> float:
