@@ -119,7 +119,7 @@ class ClusterStationary(Family):
         """Whether most of a tile, of a cluster or of a block's samples would be padding."""
         shape = problem.shape
         v = _values(parameters)
-        _, summed = self._tiles(problem, parameters)
+        _, summed = lanes.tiles(problem, v.pairs, v.outs)
         return (
             v.pairs >= 2 * shape.pairs
             or v.outs >= 2 * shape.outputs
@@ -137,11 +137,11 @@ class ClusterStationary(Family):
         return min(fitting, key=lambda p: self.estimate(problem, p), default=None)
 
     def _default_candidates(self, problem: Problem) -> Iterator[dict[str, Constant]]:
-        ways = product((2, 4, 8, 16), (4, 8, 16), (1, 2), (256, 512, 1024))  # more samples may spill
+        ways = product((2, 4, 8, 16), (4, 8, 16), (1, 2), (256, 512, 1024))
         for pairs, outs, samples, threads in ways:
             parameters: dict[str, Constant] = {"pairs": pairs, "outs": outs, "samples": samples}
             parameters |= {"threads": threads, "ahead": 2, "splits": 1}
-            _, summed = self._tiles(problem, parameters)
+            _, summed = lanes.tiles(problem, pairs, outs)
             parameters["cluster"] = next(n for n in (2, 4, 8) if n >= min(summed, 8))
             # by which what was never compiled has to stay below its limit
             spare = 8 + 8 * lanes.is_partial(problem, pairs, outs)
@@ -163,7 +163,7 @@ class ClusterStationary(Family):
         # no less than 32 bytes can be read at a time
         rows = lanes.rows(problem) * v.outs // lanes.pack(problem)
         staging = rows * 4 * max(v.pairs, 8) / _STAGING_RATE
-        _, summed = self._tiles(problem, parameters)
+        _, summed = lanes.tiles(problem, v.pairs, v.outs)
         waves = -(-self._blocks(problem, parameters) // problem.device.multiprocessors)
         exchange = 2 * self._parts(problem, parameters) / _STAGING_RATE
         return waves * (-(-summed // (v.cluster * v.splits)) * (staging + compute) + exchange + _START_US)
@@ -179,18 +179,10 @@ class ClusterStationary(Family):
         held = 36 + 2 * v.ahead + 12 * (v.samples > 1) + 8 * (not is_float)
         return held + 5 * v.samples * v.pairs // 2 + v.outs // 2
 
-    @staticmethod
-    def _tiles(problem: Problem, parameters: Parameters) -> tuple[int, int]:
-        """Tiles of the result, and those that are summed for each."""
-        pair_tiles = -(-problem.shape.pairs // int(parameters["pairs"]))
-        out_tiles = -(-problem.shape.outputs // int(parameters["outs"]))
-        forward = problem.operation is Operation.FORWARD
-        return (out_tiles, pair_tiles) if forward else (pair_tiles, out_tiles)
-
     def _blocks(self, problem: Problem, parameters: Parameters) -> int:
         """A cluster for every tile of the result, group of samples, and split of the sum."""
         v = _values(parameters)
-        tiles, _ = self._tiles(problem, parameters)
+        tiles, _ = lanes.tiles(problem, v.pairs, v.outs)
         return tiles * -(-problem.shape.batch // (v.samples * v.threads)) * v.cluster * v.splits
 
     def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lmkan_gen.packing import SCALE_PAIRS, WEIGHT_ONE
 from lmkan_gen.plan import Argument, Constant, Launch, Stride, Workspace, strides
-from lmkan_gen.problem import Problem, TableDtype
+from lmkan_gen.problem import Operation, Problem, TableDtype
 
 WARP = 32
 _THREADS = 256  # of a block of the pre-pass, and of the pass over far samples
@@ -33,6 +33,18 @@ def table_buffers(problem: Problem) -> tuple[str, ...]:
 def is_partial(problem: Problem, pairs: int, outs: int) -> bool:
     """Whether some tiles of so many pairs and outputs reach beyond the layer's inputs or outputs."""
     return bool(problem.shape.inputs % (2 * pairs) or problem.shape.outputs % outs)
+
+
+def tiles(problem: Problem, pairs: int, outs: int) -> tuple[int, int]:
+    """Parts of the result that have a sum of their own, and tiles of so many pairs and outputs in each."""
+    pair_tiles, out_tiles = -(-problem.shape.pairs // pairs), -(-problem.shape.outputs // outs)
+    match problem.operation:
+        case Operation.FORWARD:
+            return out_tiles, pair_tiles
+        case Operation.GRAD_INPUT:
+            return pair_tiles, out_tiles
+        case _:
+            return out_tiles * pair_tiles, 1
 
 
 def half_rows(problem: Problem, pairs: int, outs: int) -> bool:

@@ -284,7 +284,7 @@ class OutputStationary(Family):
         cycles = max(cycles, warps * stage / _CACHE_RATE)
         cycles *= (1 + 8 / warps**2) * max(1.0, _LATENCY_CYCLES / turn)
         # columns of samples of the busiest block
-        tiles, summed = _tiles(problem, pairs, outs)
+        tiles, summed = lanes.tiles(problem, pairs, outs)
         columns = -(-shape.batch // threads) * tiles
         columns = -(-columns // problem.device.multiprocessors)
         time = columns * summed * cycles / _CYCLES_PER_US
@@ -375,12 +375,6 @@ def _values(parameters: Parameters) -> tuple[int, int, int, int, int, int]:
     )
 
 
-def _tiles(problem: Problem, pairs: int, outs: int) -> tuple[int, int]:
-    """Tiles that blocks are at, and those that they sum over."""
-    pair_tiles, out_tiles = -(-problem.shape.pairs // pairs), -(-problem.shape.outputs // outs)
-    return (out_tiles, pair_tiles) if problem.operation is Operation.FORWARD else (pair_tiles, out_tiles)
-
-
 def _blocks(problem: Problem, parameters: Parameters) -> int:
     """Blocks that run at a time."""
     return problem.device.multiprocessors * int(parameters["blocks"])
@@ -388,7 +382,7 @@ def _blocks(problem: Problem, parameters: Parameters) -> int:
 
 def _most_together(problem: Problem, parameters: Parameters) -> int:
     """Tiles that blocks can be at together."""
-    tiles, _ = _tiles(problem, int(parameters["pairs"]), int(parameters["outs"]))
+    tiles, _ = lanes.tiles(problem, int(parameters["pairs"]), int(parameters["outs"]))
     return min(tiles, _blocks(problem, parameters))
 
 

@@ -203,7 +203,7 @@ class TileStationary(Family):
     def estimate(self, problem: Problem, parameters: Parameters) -> float:
         """A rough time in microseconds; ranks candidates where nothing was tuned."""
         shape, operation = problem.shape, problem.operation
-        segments, summed = self._segments(problem, parameters)
+        segments, summed = _segments(problem, parameters)
         grid, splits = self._grid(problem, parameters)
         segments *= splits
         resident = self._resident(problem, parameters)
@@ -259,19 +259,6 @@ class TileStationary(Family):
         return rows * max(4 * max(pairs, 8) / _STAGING_RATE, 1 / _CYCLES_PER_US)
 
     @staticmethod
-    def _segments(problem: Problem, parameters: Parameters) -> tuple[int, int]:
-        """Parts of the result that have a sum of their own, and tiles that each sum goes over."""
-        pair_tiles = -(-problem.shape.pairs // _integer(parameters, "pairs"))
-        out_tiles = -(-problem.shape.outputs // _integer(parameters, "outs"))
-        match problem.operation:
-            case Operation.FORWARD:
-                return out_tiles, pair_tiles
-            case Operation.GRAD_INPUT:
-                return pair_tiles, out_tiles
-            case _:
-                return out_tiles * pair_tiles, 1
-
-    @staticmethod
     def _units_per_block(problem: Problem, parameters: Parameters, segments: int, grid: int) -> int:
         """Units of 32 samples that a block works through per tile; warps without one wait for the others."""
         units = -(-problem.shape.batch // lanes.WARP)
@@ -317,7 +304,7 @@ class TileStationary(Family):
     def _grid(self, problem: Problem, parameters: Parameters) -> tuple[int, int]:
         """Number of blocks, and number of splits of the sum over tiles."""
         slots = problem.device.multiprocessors * self._resident(problem, parameters)
-        segments, summed = self._segments(problem, parameters)
+        segments, summed = _segments(problem, parameters)
         # as many blocks as have work for all their warps
         at_a_time = _units_at_a_time(parameters)
         full = segments * -(-problem.shape.batch // (lanes.WARP * at_a_time))
@@ -400,6 +387,11 @@ def _integer(parameters: Parameters, name: str, absent: int | None = None) -> in
 def _ordered(problem: Problem) -> bool:
     """Whether what several blocks sum up has to be added in a fixed order."""
     return problem.deterministic and problem.operation is not Operation.BACKWARD
+
+
+def _segments(problem: Problem, parameters: Parameters) -> tuple[int, int]:
+    """Parts of the result that have a sum of their own, and tiles that each sum goes over."""
+    return lanes.tiles(problem, _integer(parameters, "pairs"), _integer(parameters, "outs"))
 
 
 def _is_partial(problem: Problem, parameters: Parameters) -> bool:
