@@ -6,7 +6,7 @@ No GPU is needed. Candidates come from the families themselves, so a new one is 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice, product
@@ -152,15 +152,19 @@ def check_no_spills(binaries: Mapping[KernelSpec, toolchain.Binary]) -> None:
     assert not spilling, "\n".join(spilling)
 
 
+def one_of_each_kind(specs: Iterable[KernelSpec]) -> Collection[KernelSpec]:
+    """Of each template, one for each operation and element type of tables."""
+    return {(s.template, s.context.get("operation"), s.context.get("table")): s for s in specs}.values()
+
+
 def check_no_wrong_clamps(binaries: Mapping[KernelSpec, toolchain.Binary]) -> None:
     """Nothing depends on the predicate of a VIMNMX.RELU. One kernel of each kind is read: it takes long.
 
     ptxas 13.0 takes it for whether ``max(0, min(i, c))`` equals ``c``, which an H200 showed to be wrong.
     """
-    kinds = {(s.template, s.context.get("operation"), s.context.get("table")): s for s in binaries}
     wrong = [
         f"{spec.template} for {spec.arch} with {', '.join(f'{k}={v}' for k, v in spec.constants)}"
-        for spec in kinds.values()
+        for spec in one_of_each_kind(binaries)
         if CLAMP_WITH_PREDICATE.search(toolchain.sass(binaries[spec]))
     ]
     assert not wrong, "\n".join(wrong)
@@ -197,10 +201,9 @@ def test_every_variant_compiles_and_defaults_do_not_spill(arch: str) -> None:
         seen = select(NEXT.get(arch, arch)).features
         others = frozenset(spec for spec in others if not RECORDER.features(spec) <= seen)
     if arch in ALIKE:  # one of each kind, and what is not a default there
-        of_kinds = {(s.template, s.context.get("operation"), s.context.get("table")): s for s in defaults}
         known = {_but_for_capability(spec) for spec in select(ALIKE[arch]).defaults}
         new = (spec for spec in defaults if _but_for_capability(spec) not in known)
-        defaults = frozenset((*of_kinds.values(), *new))
+        defaults = frozenset((*one_of_each_kind(defaults), *new))
     binaries = build(defaults | others)
     check_no_spills({spec: binaries[spec] for spec in defaults})
     if arch == "sm_90":

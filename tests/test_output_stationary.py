@@ -26,6 +26,7 @@ from lmkan_gen.tuner.verify import make_case
 
 FAMILY = family("output_stationary")
 GPU = target("sm_90")
+(H200,) = (model for model in devices.models("sm_90") if model.name == "NVIDIA H200")
 PARAMETERS: dict[str, Constant] = {
     "pairs": 4, "outs": 16, "samples": 3, "threads": 384, "stages": 2, "blocks": 1, "ahead": 2, "vector": 1,
     "together": 4, "copies": "bulk", "coordinates": "prepass",
@@ -257,9 +258,8 @@ def test_tables_copied_as_they_lie_on_a_gpu(operation: Operation, table: TableDt
 @pytest.mark.parametrize("operation", [Operation.FORWARD, Operation.GRAD_INPUT])
 def test_few_samples_do_not_get_what_keeps_sums_of_many(operation: Operation) -> None:
     """On the GPU that the package is tuned for, between shapes that were measured."""
-    (gpu,) = (model for model in devices.models("sm_90") if model.name == "NVIDIA H200")
     families_of = {
-        batch: select(Problem(operation, LayerShape(512, 512, 18, batch), gpu)).family
+        batch: select(Problem(operation, LayerShape(512, 512, 18, batch), H200)).family
         for batch in (64, 256, 16384)
     }
     assert families_of == {64: "tile_stationary", 256: "tile_stationary", 16384: "output_stationary"}
@@ -267,8 +267,7 @@ def test_few_samples_do_not_get_what_keeps_sums_of_many(operation: Operation) ->
 
 def test_tables_that_were_arranged_before_pay_for_fewer_samples() -> None:
     """Int8 stages have to be arranged, but not by each call."""
-    (gpu,) = (model for model in devices.models("sm_90") if model.name == "NVIDIA H200")
-    asked = Problem(Operation.FORWARD, LayerShape(1024, 1024, 12, 1024), gpu, TableDtype.INT8, constant=True)
+    asked = Problem(Operation.FORWARD, LayerShape(1024, 1024, 12, 1024), H200, TableDtype.INT8, constant=True)
     assert select(asked).family == "output_stationary"
     assert FAMILY.preference(replace(asked, constant=False)) < 0 < FAMILY.preference(asked)
 
