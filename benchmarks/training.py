@@ -21,7 +21,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.common import DeviceOption, OutputOption, ShapeOption, choose_device, choose_shapes, write_csv
-from benchmarks.layers import PUBLISHED, PUBLISHED_ON, published_on, time_lmkan
+from benchmarks.layers import (
+    PUBLISHED_CAPTION,
+    PUBLISHED_OPERATIONS,
+    Published,
+    published_cell,
+    published_on,
+    published_times,
+    time_lmkan,
+)
 from lmkan_gen import LMKAN2DLayer
 from lmkan_gen import device as devices
 from lmkan_gen.problem import LayerShape, Operation
@@ -54,17 +62,21 @@ class Row:
         """Of two medians."""
         return self.timings[of].median / self.timings[to].median
 
+    @property
+    def published(self) -> Published | None:
+        """Times of the published implementation; None where they were not measured."""
+        return published_times(self.shape, self.device)
+
     def published_us(self) -> float | None:
         """Forward and backward of the published implementation; None where they were not measured."""
-        if self.device.name != PUBLISHED_ON or self.shape not in PUBLISHED:
-            return None
-        return 1e3 * sum(PUBLISHED[self.shape])
+        return None if self.published is None else sum(map(self.published.us, PUBLISHED_OPERATIONS))
 
     def speedup(self) -> float | None:
-        """Over the published forward and backward."""
-        published = self.published_us()
-        both = self.timings["forward"].median + self.timings["backward"].median
-        return None if published is None else published / both
+        """Over the published forward and backward; None where one is unknown, or launches matter in it."""
+        if self.published is None or not all(map(self.published.comparable, PUBLISHED_OPERATIONS)):
+            return None
+        ours = sum(self.timings[operation].median for operation in PUBLISHED_OPERATIONS)
+        return sum(map(self.published.us, PUBLISHED_OPERATIONS)) / ours
 
     def record(self) -> dict[str, str | int | float | None]:
         """All numbers, the same columns on every device."""
@@ -83,6 +95,7 @@ class Row:
         values["step_per_mlp"] = self.ratio("step", "mlp_float32")
         values["hessian_per_copy"] = self.ratio("hessian", "copy")
         values["published_forward_backward_us"] = self.published_us()
+        values["published_launches_counted"] = self.published.launches_counted if self.published else None
         values["published_speedup"] = self.speedup()
         return values
 
@@ -200,6 +213,7 @@ def print_times(rows: list[Row]) -> None:
     for name in names:
         times.add_column(PARTS[name], justify="right")
     ratios = _table("beside an MLP of equal width, a copy of the table, and published times")
+    ratios.caption = PUBLISHED_CAPTION
     for heading in ("step /\nMLP step", "regulariser\n/ copy", "published\nfwd + bwd", "speedup"):
         ratios.add_column(heading, justify="right")
     for row in rows:
@@ -209,7 +223,7 @@ def print_times(rows: list[Row]) -> None:
             str(row.shape),
             f"{row.ratio('step', 'mlp_float32'):.1f}",
             f"{row.ratio('hessian', 'copy'):.1f}",
-            duration(row.published_us()),
+            published_cell(row.published_us(), row.published),
             "-" if speedup is None else f"{speedup:.2f}x",
         )
     console = Console()
