@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu lint format golden clean
+.PHONY: help run test test-gpu test-clients lint format golden clean
 
 find_python = for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done
@@ -20,6 +20,7 @@ help:
 	@echo "make run       tune kernels for this machine, train an lmKAN on handwritten digits"
 	@echo "make test      lint, types, whole test suite"
 	@echo "make test-gpu  only the tests that need an NVIDIA GPU"
+	@echo "make test-clients  libraries that users combine with lmkan-gen, from PyPI: not part of CI"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff rewrite the sources"
 	@echo "make golden    write generated/ (shipped kernels) and tuning/schema.json anew"
@@ -46,6 +47,11 @@ test: lint
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
+# in an environment of its own, .venv-clients; make test-clients ARGS="--markdown docs/pytorch.md"
+test-clients:
+	@if [ -z "$(PYTHON)" ]; then echo "No Python >= 3.11 found; set PYTHON=/path/to/python3" >&2; exit 1; fi
+	$(PYTHON) tests/clients/run.py $(ARGS)
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -55,5 +61,5 @@ golden: $(READY)
 	$(BIN)/python -m lmkan_gen.tuning_schema
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

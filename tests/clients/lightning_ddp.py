@@ -1,0 +1,162 @@
+"""Lightning: DDP on two processes, mixed precision, resuming, and the fitting callback."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lmkan_gen.fitting import FittingSchedule
+from lmkan_gen.fitting.lightning import FittingCallback
+from lmkan_gen.nn import LMKANMLP, LMKANBlock, ReLUFirst, hessian_penalty
+from tests.clients.checks import close, falls, require, run, samples
+
+SAMPLES, BATCH, EPOCHS = 256, 64, 6
+
+
+class Regressor(LightningModule):  # type: ignore[misc]  # Any, to mypy
+    """A network with a squared error, and its losses."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.losses: list[float] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss."""
+        x, y = batch
+        loss = nn.functional.mse_loss(self.network(x), y)
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Optimizer:
+        """Momentum: steps in proportion to gradients, where Adam makes long steps of rounding errors."""
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+def without_statistics() -> nn.Module:
+    """A network without batch norm, whose gradient does not depend on how a batch is split."""
+    return nn.Sequential(ReLUFirst(4, 16), LMKANBlock(16, 1, normalize=False))
+
+
+def with_statistics() -> nn.Module:
+    """A network after a linear layer, whose outputs are bfloat16 under autocast."""
+    return nn.Sequential(nn.Linear(4, 8), LMKANMLP((8, 16, 1), normalize_input=True))
+
+
+class Data(LightningDataModule):  # type: ignore[misc]  # Any, to mypy
+    """The same samples in the same order, split among processes so that they share each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples = TensorDataset(*samples(SAMPLES, generator=torch.Generator().manual_seed(3)))
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Batches for this process."""
+        assert self.trainer is not None
+        count = self.trainer.world_size
+        # Lightning's own sampler shuffles
+        sampler: DistributedSampler[tuple[Tensor, ...]] = DistributedSampler(
+            self.samples, count, self.trainer.global_rank, shuffle=False
+        )
+        return DataLoader(self.samples, batch_size=BATCH // count, sampler=sampler)
+
+
+def schedule(model: nn.Module, optimizer: Optimizer) -> FittingSchedule:
+    """Strong enough a regularisation that counting it twice, or not at all, shows."""
+    return FittingSchedule.two_phase(model, optimizer, steps=EPOCHS, hessian=1e-2)
+
+
+def fit(network: nn.Module, epochs: int = EPOCHS, resume: str | None = None, **options: Any) -> Regressor:
+    """Train ``network`` and return the module around it."""
+    model = Regressor(network)
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "use_distributed_sampler": False,
+        "max_epochs": epochs,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    settings |= options
+    callbacks = [FittingCallback(schedule), *settings.pop("callbacks", [])]
+    Trainer(**settings, callbacks=callbacks).fit(model, Data(), ckpt_path=resume)
+    return model
+
+
+def seeded(make: Any) -> nn.Module:
+    """The network that ``make`` makes, with the same parameters every time."""
+    seed_everything(5, verbose=False)
+    network: nn.Module = make()
+    return network
+
+
+def ddp_worker(path: str) -> None:
+    """What each process of a DDP run does: train, and let the first one save its parameters."""
+    model = fit(seeded(without_statistics), strategy="ddp", devices=2)
+    if model.global_rank == 0:
+        torch.save(model.network.state_dict(), path)
+
+
+def distributed() -> str:
+    """DDP on two processes ends with the parameters of one process with batches twice as large"""
+    start = seeded(without_statistics)
+    expected = fit(seeded(without_statistics)).network
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "parameters.pt"
+        command = [sys.executable, "-m", "tests.clients.lightning_ddp", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        require(done.returncode == 0, f"the run ended with {done.returncode}: {done.stderr[-300:]}")
+        found = torch.load(path)
+    for name, parameter in expected.state_dict().items():
+        close(found[name], parameter, 1e-4)
+    moved = (found["0.weight"] - start.state_dict()["0.weight"]).abs().max().item()
+    require(moved > 1e-2, f"parameters moved by {moved} only")
+    return f"{len(found)} tensors, parameters moved by {moved:.2g}"
+
+
+def mixed() -> str:
+    """bf16-mixed makes the loss fall, and parameters stay float32"""
+    model = fit(seeded(with_statistics), epochs=25, precision="bf16-mixed")
+    dtypes = {p.dtype for p in model.parameters()}
+    require(dtypes == {torch.float32}, f"parameters have dtypes {dtypes}")
+    return falls(model.losses, 0.2)
+
+
+def resumed() -> str:
+    """Resuming from a checkpoint ends where an uninterrupted run does, the schedule included"""
+    whole = fit(seeded(with_statistics))
+    with tempfile.TemporaryDirectory() as folder:
+        saving: dict[str, Any] = {
+            "callbacks": [ModelCheckpoint(folder, save_last=True)],
+            "enable_checkpointing": True,
+        }
+        fit(seeded(with_statistics), epochs=EPOCHS // 2, **saving)
+        rest = fit(seeded(with_statistics), resume=f"{folder}/last.ckpt")
+    for name, tensor in whole.state_dict().items():
+        close(rest.state_dict()[name], tensor, 0)
+    penalty = hessian_penalty(whole).item()
+    require(penalty > 0, f"the penalty is {penalty}")
+    return f"{len(whole.state_dict())} tensors with equal bits"
+
+
+if __name__ == "__main__":
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    if len(sys.argv) > 1:
+        ddp_worker(sys.argv[1])
+    else:
+        run(distributed, mixed, resumed)

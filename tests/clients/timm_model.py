@@ -1,0 +1,106 @@
+"""timm: lmKAN layers in a vision transformer and as the head of a convolutional network."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lmkan_gen import convert
+from lmkan_gen.nn import LMKANBlock, lmkan_layers
+from tests.clients.checks import close, falls, outputs, require, run
+
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:
+    # Beside a CPU wheel of torch the libraries of PyPI's torchvision cannot be loaded, and its import stops
+    # at the first of their operators. timm needs torchvision's Python code alone: schemas are enough.
+    LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        LIBRARY.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for module in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[module]
+import timm
+from timm.models import load_checkpoint
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+
+CLASSES = 4
+
+
+def images(count: int) -> tuple[Tensor, Tensor]:
+    """Noise with stripes whose direction is the class."""
+    labels = torch.randint(CLASSES, (count,))
+    angles = labels * torch.pi / CLASSES
+    rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    waves = rows * angles.cos().view(-1, 1, 1) + columns * angles.sin().view(-1, 1, 1)
+    phases = 2 * torch.pi * torch.rand(count, 1, 1)
+    return (waves + phases).sin().unsqueeze(1) + 0.5 * torch.randn(count, 3, 32, 32), labels
+
+
+def transformer() -> nn.Module:
+    """A tiny vision transformer for ``[*, 3, 32, 32]``."""
+    model: nn.Module = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=CLASSES,
+    )
+    return model
+
+
+def converted() -> str:
+    """A vision transformer converted to lmKAN layers has the outputs of the original, and its gradients"""
+    model = transformer()
+    network = convert(model, num_grids=8)
+    count = len(lmkan_layers(network))
+    require(count == 9, f"{count} layers were converted, expected 4 per block and the head")
+    x, _ = images(16)
+    close(outputs(network, x), outputs(model, x), 1e-4)
+    grads = []
+    for m in (network, model):
+        leaf = x.clone().requires_grad_()
+        m(leaf).square().sum().backward()
+        require(leaf.grad is not None, "the images have no gradient")
+        grads.append(leaf.grad)
+    return f"{count} layers, gradients {close(grads[0], grads[1], 1e-3)}"
+
+
+def trained() -> str:
+    """A ResNet with an lmKAN head learns with timm's optimiser and averages, and its file loads"""
+    model = timm.create_model("resnet10t", num_classes=CLASSES)
+    model.fc = LMKANBlock(model.num_features, CLASSES, num_grids=8)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=3e-3, weight_decay=1e-2)
+    averages = ModelEmaV3(model, decay=0.8)
+    losses = []
+    model.train()
+    for _ in range(40):
+        x, labels = images(32)
+        loss = nn.functional.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        averages.update(model)
+        losses.append(loss.item())
+    x, labels = images(200)
+    for name, m in {"model": model, "average": averages.module}.items():
+        right = (outputs(m, x).argmax(1) == labels).double().mean().item()
+        require(right > 0.9, f"the {name} is right in {right:.0%} of new images")
+    other = timm.create_model("resnet10t", num_classes=CLASSES)
+    other.fc = LMKANBlock(other.num_features, CLASSES, num_grids=8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "checkpoint.pth.tar")
+        torch.save({"state_dict": model.state_dict()}, path)
+        load_checkpoint(other, path)
+    close(outputs(other, x), outputs(model, x), 0)
+    return f"{falls(losses, 0.3)}, {right:.0%} right"
+
+
+if __name__ == "__main__":
+    run(converted, trained)
