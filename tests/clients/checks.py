@@ -17,7 +17,7 @@ def run(*checks: Check) -> None:
     """Run every check, whatever the others do, and exit with status 1 if one failed.
 
     Prints a line per check: ``ok: `` or ``FAILED: ``, the first line of its docstring, and what it measured
-    or the error. Tracebacks go to stderr.
+    or the error that began it. Tracebacks go to stderr.
     """
     failed = 0
     for check in checks:
@@ -28,7 +28,10 @@ def run(*checks: Check) -> None:
         except Exception as error:
             traceback.print_exc()
             failed += 1
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            origin: BaseException = error
+            while origin.__cause__ is not None:
+                origin = origin.__cause__
+            reason = " ".join(f"{type(origin).__name__}: {origin}".split())
             print(f"FAILED: {claim}: {reason}", flush=True)
     sys.exit(bool(failed))
 
@@ -39,21 +42,25 @@ def require(condition: bool, message: str) -> None:
         raise AssertionError(message)
 
 
-def close(found: object, expected: object, tolerance: float) -> str:
-    """Require the largest deviation to be at most ``tolerance`` times the largest expected magnitude.
+def deviation(found: object, expected: object) -> float:
+    """The largest deviation in units of the largest expected magnitude.
 
     Args:
         found: anything that `torch.as_tensor` takes.
         expected: the same, of the same shape.
-        tolerance: 0 asks for equal values.
 
-    Returns:
-        The relative deviation, in words.
+    Raises:
+        AssertionError: shapes differ, or a value is not finite.
     """
     a, b = (torch.as_tensor(t).detach().cpu().double() for t in (found, expected))
     require(a.shape == b.shape, f"shape {list(a.shape)}, expected {list(b.shape)}")
     require(bool(a.isfinite().all()), "a value is not finite")
-    error = ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+
+
+def close(found: object, expected: object, tolerance: float) -> str:
+    """Require the `deviation` to be at most ``tolerance``, 0 for equal values; returns it in words."""
+    error = deviation(found, expected)
     require(error <= tolerance, f"off by {error:.2e} of the largest value, allowed are {tolerance:.0e}")
     return f"off by {error:.1e}" if tolerance else "equal bits"
 
