@@ -24,6 +24,7 @@ from benchmarks.common import DeviceOption, OutputOption, ShapeOption, choose_de
 from lmkan_gen import device as devices
 from lmkan_gen import dispatch
 from lmkan_gen.families import Demand
+from lmkan_gen.forms import Forms
 from lmkan_gen.problem import LayerShape, Operation, TableDtype, packs_once
 from lmkan_gen.tuner.bench import rotated_buffers
 from lmkan_gen.tuner.measure import Timing, copies_past_cache, measure
@@ -242,10 +243,14 @@ def time_lmkan(
             buffers |= {n: buffers[n].T.contiguous().T for n in ("x", "grad", "grad_x") if n in buffers}
     constant = packs_once(operation, table)
     execute = partial(dispatch.execute, operation, shape, device, Demand(), table=table, constant=constant)
+    if constant:  # a frozen layer keeps the forms of its table
+        calls = [partial(execute, buffers, forms=Forms(buffers["words"])) for buffers in rotated]
+    else:
+        calls = [partial(execute, buffers) for buffers in rotated]
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(deterministic)
     try:
-        return measure([partial(execute, buffers) for buffers in rotated], device)
+        return measure(calls, device)
     finally:
         torch.use_deterministic_algorithms(before)
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from lmkan_gen import device as devices
 from lmkan_gen import hessian_reference, packing, reference
 from lmkan_gen.families import Demand, family
-from lmkan_gen.packing import PackedTable
+from lmkan_gen.forms import Forms
+from lmkan_gen.packing import RoundedTable
 from lmkan_gen.plan import KernelSpec, LaunchPlan
 from lmkan_gen.problem import DEFAULT_WORKSPACE, LayerShape, Operation, Problem, TableDtype
 
@@ -99,7 +100,8 @@ def execute(
     demand: Demand,
     buffers: Buffers,
     table: TableDtype = TableDtype.FLOAT32,
-    packed: PackedTable | None = None,
+    rounded: RoundedTable | None = None,
+    forms: Forms | None = None,
     constant: bool = False,
 ) -> None:
     """Run one operation on float32 buffers, reproducibly if torch is asked for deterministic algorithms.
@@ -113,8 +115,9 @@ def execute(
             gradients ``grad``, and so on, and the outputs, which need no initialisation. All contiguous but
             ``x`` and ``grad``, of any strides, and ``grad_x``, without gaps and in the order of ``x``.
         table: element type of the tables to compute with.
-        packed: the packed table, in place of ``table`` among the buffers; of that type.
-        constant: whether it pays to arrange the table for this and later calls; a packed one always is.
+        rounded: the table, of that type, in place of ``table`` among the buffers.
+        forms: where other orders of this very table are kept; None: they are made for this call.
+        constant: whether the table stays as it is for many calls, so that arranging it for them pays.
 
     Raises:
         ValueError: the demand cannot be honoured, the device is neither a CPU nor a CUDA device, the table
@@ -125,7 +128,6 @@ def execute(
             buffers["grad_table"].zero_()
         return
     deterministic = torch.are_deterministic_algorithms_enabled()
-    constant = constant or packed is not None
     strided = "x" in buffers and not buffers["x"].is_contiguous()
     disabled, limit = kernels_disabled(), workspace_limit()
     key = (operation, shape, device, demand, table, deterministic, constant, strided, disabled, limit)
@@ -136,7 +138,7 @@ def execute(
         found = _prepared[key] = _prepare(
             operation, shape, device, demand, table, deterministic, constant, strided
         )
-    buffers = packing.arranged(buffers, found.reads, found.table, packed)
+    buffers = packing.arranged(buffers, found.reads, found.table, rounded, forms)
     for run in found.runs:
         run(buffers)
 

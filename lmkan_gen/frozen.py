@@ -1,244 +1,262 @@
-"""Packed tables as torch operators and as a module: what a frozen layer computes with.
+"""Frozen tables as torch operators and as a module: what a frozen layer computes with.
 
-``torch.ops.lmkan_gen.packed_forward`` and ``packed_grad_input`` read a `lmkan_gen.packing.PackedTable`. They
-have fake implementations like those of `lmkan_gen.ops`. A packed table has no gradient, the inputs do
-(once), but not with int8, which is for inference.
+``torch.ops.lmkan_gen.frozen_forward`` and ``frozen_grad_input`` read a table that stays as it is, in one of
+the types of `FREEZABLE`. A frozen table has no gradient, the inputs do (once), but not with int8, which is
+for inference. Float64 inputs are computed in plain torch.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from lmkan_gen import dispatch, packing
+from lmkan_gen import dispatch, packing, reference
 from lmkan_gen.families import Demand
-from lmkan_gen.ops import check_inputs
-from lmkan_gen.packing import PackedTable
-from lmkan_gen.problem import LayerShape, Operation, TableDtype
+from lmkan_gen.forms import forms_of, keep_forms
+from lmkan_gen.operators import Differentiable, below_autograd, longer_batch, primals, register
+from lmkan_gen.ops import autocasts, check_inputs
+from lmkan_gen.packing import RoundedTable
+from lmkan_gen.problem import LayerShape, Operation
 
 #: element types that tables can be frozen to
-NARROW = {
-    torch.float16: TableDtype.FLOAT16,
-    torch.bfloat16: TableDtype.BFLOAT16,
-    torch.int8: TableDtype.INT8,
-}
+FREEZABLE = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 _LIBRARY = torch.library.Library("lmkan_gen", "FRAGMENT")
-_LIBRARY.define(
-    "packed_forward(Tensor x, Tensor words, Tensor? scales, Tensor borders, int outputs, str table_dtype) "
-    "-> Tensor"
+_LIBRARY.define("frozen_forward(Tensor x, Tensor values, Tensor? scales, Tensor borders) -> Tensor")
+_LIBRARY.define("frozen_grad_input(Tensor grad, Tensor x, Tensor values, Tensor borders) -> Tensor")
+_forward_op = torch.ops.lmkan_gen.frozen_forward.default
+_grad_input_op = torch.ops.lmkan_gen.frozen_grad_input.default
+
+_INT8 = (
+    "int8 tables are for inference and have no derivatives: use torch.no_grad(), freeze with float16 or "
+    "bfloat16, or unfreeze the layer"
 )
-_LIBRARY.define(
-    "packed_grad_input(Tensor grad, Tensor x, Tensor words, Tensor borders, str table_dtype) -> Tensor"
-)
-_forward_op = torch.ops.lmkan_gen.packed_forward.default
-_grad_input_op = torch.ops.lmkan_gen.packed_grad_input.default
 
 
-def packed_lmkan(x: Tensor, table: PackedTable, borders: Tensor) -> Tensor:
-    """`lmkan_gen.lmkan` with a packed table.
+def frozen_lmkan(x: Tensor, table: RoundedTable, borders: Tensor) -> Tensor:
+    """`lmkan_gen.lmkan` with a table that stays as it is.
 
     Args:
-        x: float32 ``[I, B]``, batch last, of any strides; any float dtype under ``torch.autocast`` for CUDA.
-        table: as `lmkan_gen.packing.pack` gives it, on the device of ``x``.
-        borders: float32 ``[G+1]``, the knots.
+        x: ``[I, B]``, batch last, of any strides and any float dtype.
+        table: as `lmkan_gen.packing.round_table` gives it, on the device of ``x``.
+        borders: ``[G+1]``, the knots; float64 if ``x`` is, else float32.
 
     Returns:
-        float32 ``[O, B]``.
+        ``[O, B]``, of the dtype of ``x``; float32 under ``torch.autocast`` for its device.
 
     Raises:
         ValueError: shapes or devices do not belong together.
-        TypeError: ``x`` or ``borders`` is not float32.
+        TypeError: ``x`` is no float, or ``borders`` has another dtype than described.
     """
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+    wanted = torch.float32 if autocasts(x) else x.dtype
+    if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
-    y: Tensor = _forward_op(x, table.words, table.scales, borders, table.outputs, str(table.dtype))
-    return y
+    y: Tensor = _forward_op(x, table.values, table.scales, borders)
+    return y if y.dtype == wanted else y.to(wanted)
 
 
-def _check(
-    x: Tensor, words: Tensor, scales: Tensor | None, borders: Tensor, outputs: int, dtype: str
-) -> None:
+def _check(x: Tensor, values: Tensor, scales: Tensor | None, borders: Tensor) -> None:
     """Refuse tensors that do not belong together: kernels trust these sizes."""
-    for name, tensor in {"x": x, "borders": borders}.items():
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; packed tables work on float32 inputs")
-    for name, tensor in {"words": words, "borders": borders}.items():
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x has dtype {x.dtype}; frozen tables work on float inputs")
+    if borders.dtype != x.dtype:
+        raise TypeError(f"borders has dtype {borders.dtype}, x has {x.dtype}: they must agree")
+    for name, tensor in {"values": values, "borders": borders}.items():
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x is on {x.device}: move both to one device")
-    if words.dim() != 4 or words.dtype != torch.int32:
-        raise ValueError(f"words must be int32 with 4 dimensions, got {words.dtype} {list(words.shape)}")
-    narrow, side, pairs = TableDtype(dtype), borders.shape[0], words.shape[3]
-    of_cells = narrow is TableDtype.INT8
-    rows, width = (side - 1, outputs) if of_cells else (side, -(-outputs // 2))
-    if tuple(words.shape) != (rows, rows, width, pairs):
-        raise ValueError(
-            f"words must be {[rows, rows, width, pairs]} for {outputs} outputs, {side} borders and {dtype}, "
-            f"got {list(words.shape)}"
-        )
-    groups = -(-pairs // packing.SCALE_PAIRS)
-    if of_cells and (
-        scales is None
-        or scales.dtype != torch.float32
-        or tuple(scales.shape) != (groups, outputs)
-        or scales.device != x.device
+    side = borders.shape[0]
+    if values.dim() != 4 or tuple(values.shape[:2]) != (side, side):
+        raise ValueError(f"values must be {[side, side]} x outputs x pairs, got {list(values.shape)}")
+    if values.dtype not in (*FREEZABLE, torch.float64) or (
+        values.dtype == torch.float64 and x.dtype != torch.float64
     ):
+        raise TypeError(f"values has dtype {values.dtype}; frozen tables are one of {_names()}")
+    groups, outputs = -(-values.shape[3] // packing.SCALE_PAIRS), values.shape[2]
+    of_int8 = values.dtype == torch.int8
+    if of_int8 and (scales is None or tuple(scales.shape) != (groups, outputs) or scales.device != x.device):
         raise ValueError(f"int8 tables need float32 scales of shape {[groups, outputs]} on {x.device}")
-    check_inputs(x, words.shape[3])
+    if scales is not None and not of_int8:
+        raise ValueError(f"scales belong to int8 tables, values has dtype {values.dtype}")
+    check_inputs(x, values.shape[3])
 
 
-def _check_grad(grad: Tensor, x: Tensor, words: Tensor, borders: Tensor, dtype: str) -> None:
-    if dtype == TableDtype.INT8:
-        raise ValueError("int8 tables have no gradient; table_dtype must be float16 or bfloat16")
+def _names() -> str:
+    return ", ".join(map(str, FREEZABLE))
+
+
+def _check_grad(grad: Tensor, x: Tensor, values: Tensor, borders: Tensor) -> None:
+    if values.dtype == torch.int8:
+        raise ValueError("int8 tables have no gradient; values must be float16, bfloat16 or float32")
     if grad.dim() != 2 or grad.dtype != x.dtype or grad.device != x.device or grad.shape[1] != x.shape[1]:
         raise ValueError(
             f"grad must be [outputs, batch] = [outputs, {x.shape[1]}] {x.dtype} on {x.device}, "
             f"got {list(grad.shape)} {grad.dtype} on {grad.device}"
         )
-    _check(x, words, None, borders, grad.shape[0], dtype)
+    _check(x, values, None, borders)
 
 
-def _shape(x: Tensor, outputs: int, borders: Tensor) -> LayerShape:
-    return LayerShape(x.shape[0], outputs, borders.shape[0] - 1, x.shape[1])
+def _execute(operation: Operation, buffers: dict[str, Tensor], values: Tensor, scales: Tensor | None) -> None:
+    x, outputs, grids = buffers["x"], values.shape[2], values.shape[0] - 1
+    table = RoundedTable(values.contiguous(), None if scales is None else scales.float().contiguous())
+    shape = LayerShape(x.shape[0], outputs, grids, x.shape[1])
+    dispatch.execute(
+        operation, shape, x.device, Demand(), buffers, table.dtype, table, forms_of(values), constant=True
+    )
 
 
-def _forward(
-    x: Tensor, words: Tensor, scales: Tensor | None, borders: Tensor, outputs: int, table_dtype: str
-) -> Tensor:
-    _check(x, words, scales, borders, outputs, table_dtype)
-    words, scales = words.contiguous(), None if scales is None else scales.contiguous()
-    table = PackedTable(TableDtype(table_dtype), outputs, words, scales)
-    shape = _shape(x, outputs, borders)
-    y = x.new_empty((outputs, shape.batch))
-    buffers = {"x": x, "borders": borders, "y": y}
-    dispatch.execute(Operation.FORWARD, shape, x.device, Demand(), buffers, table.dtype, table)
+def _forward(x: Tensor, values: Tensor, scales: Tensor | None, borders: Tensor) -> Tensor:
+    _check(x, values, scales, borders)
+    y = x.new_empty((values.shape[2], x.shape[1]))
+    if x.dtype == torch.float64:
+        reference.forward(x, RoundedTable(values, scales).to(x.dtype), borders, y)
+    else:
+        _execute(Operation.FORWARD, {"x": x, "borders": borders.contiguous(), "y": y}, values, scales)
     return y
 
 
-def _forward_fake(
-    x: Tensor, words: Tensor, scales: Tensor | None, borders: Tensor, outputs: int, table_dtype: str
-) -> Tensor:
-    _check(x, words, scales, borders, outputs, table_dtype)
-    return x.new_empty((outputs, x.shape[1]))
+def _forward_fake(x: Tensor, values: Tensor, scales: Tensor | None, borders: Tensor) -> Tensor:
+    _check(x, values, scales, borders)
+    return x.new_empty((values.shape[2], x.shape[1]))
 
 
-def _grad_input(grad: Tensor, x: Tensor, words: Tensor, borders: Tensor, table_dtype: str) -> Tensor:
-    _check_grad(grad, x, words, borders, table_dtype)
-    table = PackedTable(TableDtype(table_dtype), grad.shape[0], words.contiguous())
-    shape = _shape(x, table.outputs, borders)
+def _grad_input(grad: Tensor, x: Tensor, values: Tensor, borders: Tensor) -> Tensor:
+    _check_grad(grad, x, values, borders)
     grad_x = torch.empty_like(x)
-    buffers = {"grad": grad, "x": x, "borders": borders, "grad_x": grad_x}
-    dispatch.execute(Operation.GRAD_INPUT, shape, x.device, Demand(), buffers, table.dtype, table)
+    if x.dtype == torch.float64:
+        reference.grad_input(grad, x, values.to(x.dtype), borders, grad_x)
+    else:
+        buffers = {"grad": grad, "x": x, "borders": borders.contiguous(), "grad_x": grad_x}
+        _execute(Operation.GRAD_INPUT, buffers, values, None)
     return grad_x
 
 
-def _grad_input_fake(grad: Tensor, x: Tensor, words: Tensor, borders: Tensor, table_dtype: str) -> Tensor:
-    _check_grad(grad, x, words, borders, table_dtype)
+def _grad_input_fake(grad: Tensor, x: Tensor, values: Tensor, borders: Tensor) -> Tensor:
+    _check_grad(grad, x, values, borders)
     return torch.empty_like(x)
 
 
-class _Forward(torch.autograd.Function):
+class _Forward(Differentiable):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        words: Tensor,
-        scales: Tensor | None,
-        borders: Tensor,
-        outputs: int,
-        table_dtype: str,
-    ) -> Tensor:
-        if table_dtype == TableDtype.INT8:
-            raise RuntimeError(
-                "x requires a gradient, but int8 tables are for inference: use torch.no_grad(), "
-                "freeze with float16 or bfloat16, or unfreeze the layer"
-            )
-        ctx.save_for_backward(x, words, borders)
-        ctx.table_dtype = table_dtype
-        with torch._C._AutoDispatchBelowAutograd():
-            y: Tensor = _forward_op(x, words, scales, borders, outputs, table_dtype)
+    def forward(ctx: Any, x: Tensor, values: Tensor, scales: Tensor | None, borders: Tensor) -> Tensor:
+        if values.dtype == torch.int8:
+            raise RuntimeError(_INT8)
+        _refuse_gradient(ctx.needs_input_grad[1])
+        ctx.save_for_backward(x, values, borders)
+        ctx.save_for_forward(x, values, borders)
+        y: Tensor = below_autograd(_forward_op, x, values, scales, borders)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, words, borders = ctx.saved_tensors
-        return _grad_input_op(grad, x, words, borders, ctx.table_dtype), *(None,) * 5
+        x, values, borders = ctx.saved_tensors
+        return _grad_input_op(grad, x, values, borders), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, v_x: Tensor, *_: Any) -> Tensor:
+        with primals(ctx.saved_tensors) as (x, values, borders):
+            assert x is not None
+            assert values is not None
+            along: Tensor = torch.ops.lmkan_gen.tangent.default(v_x, x, values.to(x.dtype), borders)
+        return along
 
 
-def _differentiable(*arguments: Any) -> Any:
-    if torch.is_grad_enabled() and arguments[0].requires_grad:
-        return _Forward.apply(*arguments)  # type: ignore[no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return _forward_op(*arguments)
+class _GradInput(Differentiable):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Tensor) -> Tensor:
+        grad_x: Tensor = below_autograd(_grad_input_op, *arguments)
+        return grad_x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(_ONCE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_ONCE)
 
 
-_LIBRARY.impl("packed_forward", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("packed_forward", _differentiable, "Autograd")
-_LIBRARY.impl("packed_grad_input", _grad_input, "CompositeExplicitAutograd")
-torch.library.register_fake("lmkan_gen::packed_forward", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("lmkan_gen::packed_grad_input", _grad_input_fake, lib=_LIBRARY)
+_ONCE = "a frozen lmKAN layer is differentiable once; call unfreeze() for second derivatives"
+
+
+def _refuse_gradient(needed: bool) -> None:
+    if needed:
+        raise RuntimeError("a frozen table has no gradient; call unfreeze() to train the layer")
+
+
+register(
+    _LIBRARY,
+    "frozen_forward",
+    _forward,
+    _forward_fake,
+    _Forward,
+    longer_batch(_forward_op, (0,), lambda *_: True),
+)
+register(
+    _LIBRARY,
+    "frozen_grad_input",
+    _grad_input,
+    _grad_input_fake,
+    _GradInput,
+    longer_batch(_grad_input_op, (0, 1), lambda *_: True),
+)
 
 
 class FrozenTable(nn.Module):
-    """A layer's table, packed.
+    """A layer's table, declared constant.
 
-    Its state dict holds each coefficient once, in its narrow type: ``values`` ``[G+1, G+1, O, P]``, and for
-    int8 ``scales``.
+    Its buffers are all that a state dict holds: each coefficient once, in its type. Other orders of it that
+    kernels read are kept beside it. They are made anew when a buffer is replaced or written to; only writes
+    through ``.data`` or by a kernel of one's own, which torch does not count, need `forget`.
 
     Attributes:
-        dtype: element type of the coefficients.
-        words: buffer, what kernels read.
-        scales: buffer for int8, else None.
+        values: buffer ``[G+1, G+1, O, P]`` of a type in `FREEZABLE` (float64 after ``double()``).
+        scales: buffer ``[ceil(P/8), O]``, float32, for int8, else None.
     """
 
-    words: Tensor
+    values: Tensor
     scales: Tensor | None
 
-    def __init__(self, table: PackedTable) -> None:
+    def __init__(self, table: RoundedTable) -> None:
         super().__init__()
-        self.dtype = table.dtype
-        self.outputs = table.outputs
-        self.register_buffer("words", table.words, persistent=False)
-        self.register_buffer("scales", table.scales, persistent=False)
-
-    @classmethod
-    def of_values(cls, values: Tensor, scales: Tensor | None) -> FrozenTable:
-        """The module of which ``values`` and ``scales`` are the state.
-
-        Raises:
-            ValueError: they are not of a narrow type, or scales are missing or not wanted.
-        """
-        dtype = NARROW.get(values.dtype)
-        if dtype is None or values.dim() != 4 or (scales is None) == (dtype is TableDtype.INT8):
-            raise ValueError(
-                f"a frozen table is float16 or bfloat16, or int8 with scales, of 4 dimensions; "
-                f"got {values.dtype} {list(values.shape)} {'without' if scales is None else 'with'} scales"
-            )
-        words = packing.cells(values) if dtype is TableDtype.INT8 else packing.interleave(values)
-        return cls(PackedTable(dtype, values.shape[2], words, scales))
+        self.register_buffer("values", table.values)
+        self.register_buffer("scales", table.scales)
+        self._remember()
 
     @property
-    def packed(self) -> PackedTable:
-        """The table for `packed_lmkan`."""
-        return PackedTable(self.dtype, self.outputs, self.words, self.scales)
+    def table(self) -> RoundedTable:
+        """The table for `frozen_lmkan`."""
+        if not torch.compiler.is_compiling():
+            keep_forms(self.values)
+        return RoundedTable(self.values, self.scales)
 
-    def values(self) -> Tensor:
-        """The coefficients ``[G+1, G+1, O, P]`` in their narrow type."""
-        if self.dtype is TableDtype.INT8:
-            return packing.corners(self.words)
-        return packing.deinterleave(self.words, self.dtype, self.outputs)
+    def forget(self) -> None:
+        """Make what kernels read anew at the next call, after a write that torch did not count."""
+        self.values = self.values.detach().clone()
+
+    def is_as_made(self) -> bool:
+        """Whether the values are those that the module was made with, as far as torch tells."""
+        return self._made == _identity(self.values)
 
     def extra_repr(self) -> str:
         """Type and size."""
-        return f"{self.dtype}, {self.packed.nbytes} bytes"
+        nbytes = self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return f"{str(self.values.dtype).removeprefix('torch.')}, {nbytes} bytes"
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}values"] = self.values()
-        if self.scales is not None:
-            destination[f"{prefix}scales"] = self.scales if keep_vars else self.scales.detach()
+    def _remember(self) -> None:
+        self._made = _identity(self.values)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Loading is the layer's business: the type may change."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        as_made, scales = self.is_as_made(), self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if scales is not None and self.scales is not None and self.scales.dtype != torch.float32:
+            self.scales = scales.to(self.scales.device)  # they belong to the integers: never rounded
+        if as_made:
+            self._remember()
+        return self
+
+
+def _identity(values: Tensor) -> tuple[int, int]:
+    return id(values), 0 if values.is_inference() else values._version

@@ -7,21 +7,21 @@ int8      ``words`` int32 ``[G, G, O, P]``: the four corners of a cell, ``c00, c
           lowest byte up, in units of ``scales`` float32 ``[ceil(P/8), O]``
 ========  =======================================================================================
 
-The layouts are the same for all kernels, so that a packed table outlives the choice of one.
+A `RoundedTable` holds the same coefficients in the order of the parameter. Kernels read it in *forms*, other
+orders of it, some of which are arranged for the tile of one kernel. `arranged` makes the forms that a launch
+plan reads, and keeps them only where it is given `Forms` (see `lmkan_gen.forms`).
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from lmkan_gen.forms import Forms
 from lmkan_gen.problem import TableDtype
 
 #: neighbouring input pairs that share an int8 scale (per output)
@@ -30,7 +30,6 @@ _LARGEST = 127
 #: of a weight of int8 tables, which are 16-bit integers
 WEIGHT_ONE = 512
 _BANKS = 32  # of shared memory
-T = TypeVar("T")
 _STREAMED = "stages_"
 _FRAGMENTS = "fragments_"
 #: what launch plans call the scales that belong to `fragments`
@@ -38,11 +37,13 @@ FRAGMENT_SCALES = "fragment_scales"
 #: outputs and pairs that lie together in `fragments`
 _FRAGMENT_OUTPUTS, _FRAGMENT_PAIRS = 32, 16
 _HALF = {TableDtype.FLOAT16: torch.float16, TableDtype.BFLOAT16: torch.bfloat16}
+#: what torch calls the element types of tables
+TORCH_DTYPES = {TableDtype.FLOAT32: torch.float32, TableDtype.INT8: torch.int8, **_HALF}
 
 
 @dataclass(frozen=True)
 class PackedTable:
-    """A table in the layout that kernels for ``dtype`` read; ``scales`` only for int8."""
+    """A narrow table in the layout that kernels for ``dtype`` read; ``scales`` only for int8."""
 
     dtype: TableDtype
     outputs: int
@@ -53,28 +54,65 @@ class PackedTable:
         """The parts by the names that launch plans know them by."""
         return {"words": self.words} if self.scales is None else {"words": self.words, "scales": self.scales}
 
+
+@dataclass(frozen=True)
+class RoundedTable:
+    """A table in the type that kernels are to compute with, in the order of the parameter.
+
+    Attributes:
+        values: ``[G+1, G+1, O, P]``, float32, float16, bfloat16 or int8.
+        scales: float32 ``[ceil(P/8), O]`` for int8 (see `quantise`), else None.
+    """
+
+    values: Tensor
+    scales: Tensor | None = None
+
     @property
-    def nbytes(self) -> int:
-        """Bytes of all parts."""
-        return self.words.nbytes + (0 if self.scales is None else self.scales.nbytes)
+    def dtype(self) -> TableDtype:
+        """The element type."""
+        return TableDtype(str(self.values.dtype).removeprefix("torch."))
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The coefficients ``[G+1, G+1, O, P]``, in a floating-point type."""
+        if self.scales is None:
+            return self.values.to(dtype)
+        return dequantise(self.values, self.scales).to(dtype)
+
+    def packed(self) -> PackedTable:
+        """In the layout of narrow kernels.
+
+        Raises:
+            ValueError: the table is not narrow.
+        """
+        outputs = self.values.shape[2]
+        if self.dtype is TableDtype.INT8:
+            return PackedTable(self.dtype, outputs, cells(self.values), self.scales)
+        _half(self.dtype)
+        return PackedTable(self.dtype, outputs, interleave(self.values))
 
 
-def pack(table: Tensor, dtype: TableDtype) -> PackedTable:
-    """Round a table.
+def round_table(table: Tensor, dtype: TableDtype) -> RoundedTable:
+    """Round a table, or leave it as it is where it has that type.
 
     Args:
         table: float ``[G+1, G+1, O, P]``.
-        dtype: float16, bfloat16 or int8.
+        dtype: of the result.
 
     Raises:
-        ValueError: ``dtype`` is not a narrow one, or int8 is asked for and the table holds infinities or NaN,
-            for which there is no scale.
+        ValueError: int8 is asked for and the table holds infinities or NaN, for which there is no scale.
     """
-    outputs = table.shape[2]
     if dtype is TableDtype.INT8:
-        values, scales = quantise(table)
-        return PackedTable(dtype, outputs, cells(values), scales)
-    return PackedTable(dtype, outputs, interleave(table.to(_half(dtype))))
+        return RoundedTable(*quantise(table))
+    return RoundedTable(table.to(TORCH_DTYPES[dtype]))
+
+
+def pack(table: Tensor, dtype: TableDtype) -> PackedTable:
+    """`round_table`, in the layout of narrow kernels.
+
+    Raises:
+        ValueError: ``dtype`` is not a narrow one, or as `round_table`.
+    """
+    return round_table(table, dtype).packed()
 
 
 def unpack(packed: PackedTable) -> Tensor:
@@ -96,7 +134,8 @@ def quantise(table: Tensor) -> tuple[Tensor, Tensor]:
     """
     pairs = table.shape[3]
     largest = table.detach().abs().amax((0, 1)).float()
-    if not bool(largest.isfinite().all()):
+    # meta and fake tensors have no values to look at
+    if type(table.data) is Tensor and not table.is_meta and not bool(largest.isfinite().all()):
         raise ValueError("table holds infinities or NaN: no scale makes int8 of them")
     groups = -(-pairs // SCALE_PAIRS)
     padded = torch.nn.functional.pad(largest, (0, groups * SCALE_PAIRS - pairs))
@@ -156,24 +195,11 @@ def row_pitch(outputs: int) -> int:
     return -(-outputs // 4) * 4
 
 
-def rows(source: Tensor | PackedTable, dtype: TableDtype) -> Tensor:
-    """A table with its outputs together: ``[P, G+1, G+1, row_pitch(O)]``, in float32, float16 or bfloat16.
-
-    Done once for as long as ``source`` lives and is not written to, like `packed`.
-    """
-    if isinstance(source, PackedTable):
-        outputs, key = source.outputs, source.words
-    else:
-        outputs, key = source.shape[2], source
-
-    def arrange() -> Tensor:
-        table = unpack(source) if isinstance(source, PackedTable) else source.detach()
-        if dtype is not TableDtype.FLOAT32:
-            table = table.to(_half(dtype))
-        by_pair = table.permute(3, 0, 1, 2)
-        return torch.nn.functional.pad(by_pair, (0, row_pitch(outputs) - outputs)).contiguous()
-
-    return _once(key, f"rows {dtype}", arrange, fixed=isinstance(source, PackedTable))
+def rows(table: Tensor) -> Tensor:
+    """A table ``[G+1, G+1, O, P]`` with its outputs together: ``[P, G+1, G+1, row_pitch(O)]``."""
+    outputs = table.shape[2]
+    by_pair = table.permute(3, 0, 1, 2)
+    return torch.nn.functional.pad(by_pair, (0, row_pitch(outputs) - outputs)).contiguous()
 
 
 def stages_name(pairs: int, words: int, vector: int) -> str:
@@ -181,12 +207,8 @@ def stages_name(pairs: int, words: int, vector: int) -> str:
     return f"{_STREAMED}{pairs}_{words}_{vector}"
 
 
-def stages(
-    words: Tensor, scales: Tensor | None, pairs: int, width: int, vector: int, fixed: bool = False
-) -> Tensor:
+def stages(words: Tensor, scales: Tensor | None, pairs: int, width: int, vector: int) -> Tensor:
     """A table in the order in which kernels stream it: tile by tile.
-
-    Done once for as long as ``words`` lives and is not written to, like `packed`.
 
     Args:
         words: 32-bit words ``[rows, rows, W, P]``: a float32 table, or the words of a packed one.
@@ -194,7 +216,6 @@ def stages(
         pairs: input pairs in a tile; at most 8 where there are scales.
         width: words in a tile.
         vector: neighbouring words among them that are read together.
-        fixed: whether nobody will ever write to ``words``, so that a CUDA graph need not arrange them again.
 
     Returns:
         int32 ``[ceil(W/width), ceil(P/pairs), K + S]``, zeros beyond the edges; ``K`` is
@@ -202,23 +223,20 @@ def stages(
         room for the scales of the tile's outputs.
     """
 
-    def arrange() -> Tensor:
-        flat = words.detach().flatten(0, 1).view(torch.int32)
-        pad = (0, -flat.shape[2] % pairs, 0, -flat.shape[1] % width)
-        tiles = torch.nn.functional.pad(flat, pad).unflatten(2, (-1, pairs)).unflatten(1, (-1, width))
-        tiles = tiles.permute(1, 3, 0, 2, 4).unflatten(3, (-1, vector)).transpose(4, 5).flatten(2)
-        tiles = torch.nn.functional.pad(tiles, (0, -tiles.shape[2] % _BANKS))
-        if scales is None:
-            in_order: Tensor = tiles.contiguous()
-            return in_order
-        # int8 weights are in units of 1/512: see `narrow.cuh.j2`
-        groups = torch.arange(tiles.shape[1], device=words.device) * pairs // SCALE_PAIRS
-        padded = torch.nn.functional.pad(scales / WEIGHT_ONE, (0, pad[3]))[groups]
-        of_tiles = padded.unflatten(1, (-1, width)).transpose(0, 1)
-        of_tiles = torch.nn.functional.pad(of_tiles, (0, -width % _BANKS)).contiguous().view(torch.int32)
-        return torch.cat((tiles, of_tiles), dim=2)
-
-    return _once(words, stages_name(pairs, width, vector), arrange, fixed)
+    flat = words.detach().flatten(0, 1).view(torch.int32)
+    pad = (0, -flat.shape[2] % pairs, 0, -flat.shape[1] % width)
+    tiles = torch.nn.functional.pad(flat, pad).unflatten(2, (-1, pairs)).unflatten(1, (-1, width))
+    tiles = tiles.permute(1, 3, 0, 2, 4).unflatten(3, (-1, vector)).transpose(4, 5).flatten(2)
+    tiles = torch.nn.functional.pad(tiles, (0, -tiles.shape[2] % _BANKS))
+    if scales is None:
+        in_order: Tensor = tiles.contiguous()
+        return in_order
+    # int8 weights are in units of 1/512: see `narrow.cuh.j2`
+    groups = torch.arange(tiles.shape[1], device=words.device) * pairs // SCALE_PAIRS
+    padded = torch.nn.functional.pad(scales / WEIGHT_ONE, (0, pad[3]))[groups]
+    of_tiles = padded.unflatten(1, (-1, width)).transpose(0, 1)
+    of_tiles = torch.nn.functional.pad(of_tiles, (0, -width % _BANKS)).contiguous().view(torch.int32)
+    return torch.cat((tiles, of_tiles), dim=2)
 
 
 def fragments_name(pairs: int) -> str:
@@ -226,16 +244,13 @@ def fragments_name(pairs: int) -> str:
     return f"{_FRAGMENTS}{pairs}"
 
 
-def fragments(words: Tensor, scales: Tensor, pairs: int, fixed: bool = False) -> tuple[Tensor, Tensor]:
+def fragments(values: Tensor, scales: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
     """An int8 table in the order in which lanes of tensor cores need it, a byte a coefficient.
 
-    Done once for as long as ``words`` lives and is not written to, like `packed`.
-
     Args:
-        words: int32 ``[G, G, O, P]``, cells of a packed table.
+        values: int8 ``[G+1, G+1, O, P]``.
         scales: float32 ``[ceil(P/8), O]``.
         pairs: input pairs in a part, ``16 H``.
-        fixed: as `stages` has it.
 
     Returns:
         uint8 ``[ceil(O/32), ceil(P/pairs), 1 + (G+1)^2, H, 32, 16]``, and float32 ``[O]``: the largest scale
@@ -246,110 +261,104 @@ def fragments(words: Tensor, scales: Tensor, pairs: int, fixed: bool = False) ->
         coefficient, in units of the largest scale, times 2^-9.
     """
     halves = pairs // _FRAGMENT_PAIRS
+    values = values.flatten(0, 1)
+    knots, outputs, all_pairs = values.shape
+    blocks, parts = -(-outputs // _FRAGMENT_OUTPUTS), -(-all_pairs // pairs)
+    made = values.new_empty((blocks, parts, 1 + knots, halves, 8, 4, 4, 4), dtype=torch.uint8)
+    edges = (0, parts * pairs - all_pairs, 0, blocks * _FRAGMENT_OUTPUTS - outputs)
+    padded = torch.nn.functional.pad(values, edges).view(torch.uint8).bitwise_xor(128)
+    of_lanes = padded.view(knots, blocks, 4, 8, parts, halves, 4, 4)
+    made[:, :, 1:] = of_lanes.permute(1, 4, 0, 5, 3, 6, 2, 7)
 
-    def arrange() -> tuple[Tensor, Tensor]:
-        values = corners(words).flatten(0, 1)
-        knots, outputs, all_pairs = values.shape
-        blocks, parts = -(-outputs // _FRAGMENT_OUTPUTS), -(-all_pairs // pairs)
-        made = words.new_empty((blocks, parts, 1 + knots, halves, 8, 4, 4, 4), dtype=torch.uint8)
-        edges = (0, parts * pairs - all_pairs, 0, blocks * _FRAGMENT_OUTPUTS - outputs)
-        padded = torch.nn.functional.pad(values, edges).view(torch.uint8).bitwise_xor_(128)
-        of_lanes = padded.view(knots, blocks, 4, 8, parts, halves, 4, 4)
-        made[:, :, 1:] = of_lanes.permute(1, 4, 0, 5, 3, 6, 2, 7)
-
-        largest = scales.amax(0)
-        factors = (scales / largest * 2.0**15).half()
-        both = torch.stack((factors, (factors * -(2.0**-17))), dim=-1).view(torch.int32).squeeze(-1)
-        groups = parts * pairs // SCALE_PAIRS
-        both = torch.nn.functional.pad(both, (0, edges[3], 0, groups - len(scales)))
-        of_groups = both.view(parts, halves, 2, blocks, 4, 8).permute(3, 0, 1, 5, 2, 4)
-        made[:, :, 0] = of_groups.repeat_interleave(2, dim=4).unsqueeze(-1).view(torch.uint8)
-        return made.flatten(4, 5).flatten(5, 6), largest
-
-    return _once(words, fragments_name(pairs), arrange, fixed)
+    largest = scales.amax(0)
+    factors = (scales / largest * 2.0**15).half()
+    both = torch.stack((factors, (factors * -(2.0**-17))), dim=-1).view(torch.int32).squeeze(-1)
+    groups = parts * pairs // SCALE_PAIRS
+    both = torch.nn.functional.pad(both, (0, edges[3], 0, groups - len(scales)))
+    of_groups = both.view(parts, halves, 2, blocks, 4, 8).permute(3, 0, 1, 5, 2, 4)
+    made[:, :, 0] = of_groups.repeat_interleave(2, dim=4).unsqueeze(-1).view(torch.uint8)
+    return made.flatten(4, 5).flatten(5, 6), largest
 
 
-def packed(table: Tensor, dtype: TableDtype) -> PackedTable:
-    """`pack`, done once for as long as the table lives and is not written to.
+class _Source:
+    """A table as it is given, and what is made of it on the way to the forms that are read; nothing twice."""
 
-    Writing is noticed by the tensor's version counter, as autograd does, and steps of optimisers by
-    themselves, since fused ones do not count. What is written through ``.data`` escapes both, and so do
-    replays of a CUDA graph. While a CUDA graph is captured packing is part of the graph, so that replays
-    see new values.
+    def __init__(
+        self, buffers: Mapping[str, Tensor], dtype: TableDtype, rounded: RoundedTable | None
+    ) -> None:
+        self._buffers = buffers
+        self._dtype = dtype
+        self._rounded = rounded
 
-    Raises:
-        ValueError: as `pack`.
-    """
-    return _once(table, f"packed {dtype}", lambda: pack(table, dtype))
+    @cached_property
+    def table(self) -> Tensor:
+        """In float32."""
+        if self._rounded is None:
+            return self._buffers["table"]
+        return self._rounded.to(torch.float32).contiguous()
+
+    @cached_property
+    def rounded(self) -> RoundedTable:
+        """In the type that kernels read."""
+        if self._rounded is not None and self._rounded.dtype is self._dtype:
+            return self._rounded
+        return round_table(self.table, self._dtype)
+
+    @cached_property
+    def packed(self) -> Mapping[str, Tensor]:
+        """``words``, and ``scales`` for int8."""
+        return self._buffers if "words" in self._buffers else self.rounded.packed().buffers()
+
+    def form(self, name: str) -> dict[str, Tensor]:
+        """A form by its name, with what belongs to it."""
+        if name == "table":
+            return {name: self.table}
+        if name == "rows":
+            return {name: rows(self.rounded.values)}
+        if name == "words":
+            return dict(self.packed)
+        if name.startswith(_STREAMED):
+            pairs, width, vector = (int(number) for number in name.removeprefix(_STREAMED).split("_"))
+            if self._dtype is TableDtype.FLOAT32:
+                return {name: stages(self.table, None, pairs, width, vector)}
+            packed = self.packed
+            return {name: stages(packed["words"], packed.get("scales"), pairs, width, vector)}
+        packed = self.packed
+        values = corners(packed["words"]) if "words" in self._buffers else self.rounded.values
+        made, largest = fragments(values, packed["scales"], int(name.removeprefix(_FRAGMENTS)))
+        return {name: made, FRAGMENT_SCALES: largest}
 
 
-@dataclass(frozen=True)
-class _Known:
-    source: weakref.ref[Tensor]
-    version: int
-    made: Any
-
-
-_known: dict[tuple[int, str], _Known] = {}
-
-
-def _once(source: Tensor, what: str, make: Callable[[], T], fixed: bool = False) -> T:
-    capturing = source.is_cuda and torch.cuda.is_current_stream_capturing()
-    if source.is_inference() or (capturing and not fixed):
-        return make()
-    key = (id(source), what)
-    known = _known.get(key)
-    if known is None or known.source() is not source or known.version != source._version:
-        if capturing:  # what is made now lives in the graph
-            return make()
-        known = _Known(weakref.ref(source, lambda _: _known.pop(key, None)), source._version, make())
-        _known[key] = known
-    made: T = known.made
-    return made
-
-
-def _forget_stepped(optimizer: Optimizer, *_: Any) -> None:
-    """Fused optimisers write without moving the version counter."""
-    if _known:
-        written = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for key in [key for key in _known if key[0] in written]:
-            _known.pop(key, None)
-
-
-register_optimizer_step_post_hook(_forget_stepped)
+def _is_form(name: str) -> bool:
+    return name in ("table", "rows", "words") or name.startswith((_STREAMED, _FRAGMENTS))
 
 
 def arranged(
-    buffers: Mapping[str, Tensor], reads: Collection[str], dtype: TableDtype, table: PackedTable | None = None
+    buffers: Mapping[str, Tensor],
+    reads: Collection[str],
+    dtype: TableDtype,
+    rounded: RoundedTable | None = None,
+    forms: Forms | None = None,
 ) -> Mapping[str, Tensor]:
     """``buffers`` with the table in those of its forms that will be read: see `lmkan_gen.plan.LaunchPlan`.
 
     Args:
-        buffers: tensors by the names of `lmkan_gen.plan.LaunchPlan`; ``table`` is among them unless packed.
+        buffers: tensors by the names of `lmkan_gen.plan.LaunchPlan`. Without ``rounded`` they hold ``table``,
+            and may hold forms of it.
         reads: names of buffers that will be read.
         dtype: element type of the forms other than ``table``.
-        table: the table, packed, of that type.
+        rounded: the table, in place of one among the buffers.
+        forms: where forms of this very table are kept; None: they are made for this call.
 
     Raises:
-        ValueError: as `pack`.
+        ValueError: as `round_table`.
     """
-    forms: dict[str, Tensor] = {}
-    streamed = [name for name in reads if name.startswith(_STREAMED)]
-    in_fragments = [name for name in reads if name.startswith(_FRAGMENTS)]
-    narrow = dtype is not TableDtype.FLOAT32
-    if "rows" in reads and "rows" not in buffers:
-        forms["rows"] = rows(buffers["table"] if table is None else table, dtype)
-    if ("words" in reads or in_fragments or (streamed and narrow)) and "words" not in buffers:
-        forms |= (table or packed(buffers["table"], dtype)).buffers()
-    if ("table" in reads or (streamed and not narrow)) and "table" not in buffers and table is not None:
-        forms["table"] = unpack(table)
-    fixed = table is not None or "words" in buffers
-    known = {**buffers, **forms}
-    for name in streamed:
-        pairs, width, vector = (int(number) for number in name.removeprefix(_STREAMED).split("_"))
-        source = known["words" if narrow else "table"]
-        forms[name] = stages(source, known.get("scales"), pairs, width, vector, fixed)
-    for name in in_fragments:
-        pairs = int(name.removeprefix(_FRAGMENTS))
-        forms[name], forms[FRAGMENT_SCALES] = fragments(known["words"], known["scales"], pairs, fixed)
-    return {**buffers, **forms} if forms else buffers
+    missing = [name for name in reads if name not in buffers and _is_form(name)]
+    if not missing:
+        return buffers
+    source = _Source(buffers, dtype, rounded)
+    found = dict(buffers)
+    for name in missing:
+        make = partial(source.form, name)
+        found |= make() if forms is None else forms.get(f"{name} {dtype}", make)
+    return found

@@ -59,6 +59,13 @@ def forward(x: Tensor, table: Tensor, borders: Tensor, y: Tensor) -> None:
 
 
 @torch.no_grad()
+def tangent(v_x: Tensor, x: Tensor, table: Tensor, borders: Tensor, y: Tensor) -> None:
+    """Write the derivative of the layer's output along ``v_x`` ``[I, B]`` into ``y`` ``[O, B]``."""
+    y.zero_()
+    _add_combinations(x, table, borders, y, direction=v_x)
+
+
+@torch.no_grad()
 def grad_input(grad: Tensor, x: Tensor, table: Tensor, borders: Tensor, grad_x: Tensor) -> None:
     """Write the gradient with respect to ``x`` into ``grad_x`` ``[I, B]``, given ``grad`` ``[O, B]``."""
     grad_x.zero_()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lmkan_gen import dispatch, hessian_reference
 from lmkan_gen.families import Demand
+from lmkan_gen.operators import Differentiable, below_autograd, one_by_one, primals, register
 from lmkan_gen.problem import LayerShape, Operation
 
 #: bytes; kernels load this much at a time
@@ -48,7 +49,7 @@ def hessian_regularization(table: Tensor, borders: Tensor) -> Tensor:
     """
     if borders.requires_grad:
         raise ValueError("borders requires a gradient, but the grid is fixed; pass borders.detach()")
-    value: Tensor = _hessian(table, borders)
+    value: Tensor = _hessian_op(table, borders)
     return value
 
 
@@ -76,9 +77,13 @@ def _execute(operation: Operation, table: Tensor, borders: Tensor, **others: Ten
     dispatch.execute(operation, shape, table.device, Demand(), buffers)
 
 
-@torch.library.custom_op(
-    "lmkan_gen::hessian", mutates_args=(), schema="(Tensor table, Tensor borders) -> Tensor"
-)
+_LIBRARY = torch.library.Library("lmkan_gen", "FRAGMENT")
+_LIBRARY.define("hessian(Tensor table, Tensor borders) -> Tensor")
+_LIBRARY.define("grad_hessian(Tensor scale, Tensor table, Tensor borders) -> Tensor")
+_hessian_op = torch.ops.lmkan_gen.hessian.default
+_grad_hessian_op = torch.ops.lmkan_gen.grad_hessian.default
+
+
 def _hessian(table: Tensor, borders: Tensor) -> Tensor:
     _check(table, borders)
     value = table.new_empty(())
@@ -89,11 +94,6 @@ def _hessian(table: Tensor, borders: Tensor) -> Tensor:
     return value
 
 
-@torch.library.custom_op(
-    "lmkan_gen::grad_hessian",
-    mutates_args=(),
-    schema="(Tensor scale, Tensor table, Tensor borders) -> Tensor",
-)
 def _grad_hessian(scale: Tensor, table: Tensor, borders: Tensor) -> Tensor:
     _check(table, borders)
     grad_table = table.new_empty(table.shape)
@@ -104,33 +104,68 @@ def _grad_hessian(scale: Tensor, table: Tensor, borders: Tensor) -> Tensor:
     return grad_table
 
 
-@_hessian.register_fake
 def _hessian_fake(table: Tensor, borders: Tensor) -> Tensor:
     _check(table, borders)
     return table.new_empty(())
 
 
-@_grad_hessian.register_fake
 def _grad_hessian_fake(scale: Tensor, table: Tensor, borders: Tensor) -> Tensor:
     _check(table, borders)
     return table.new_empty(table.shape)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+class _Hessian(Differentiable):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, borders: Tensor) -> Tensor:
+        ctx.save_for_backward(table, borders)
+        ctx.save_for_forward(table, borders)
+        value: Tensor = below_autograd(_hessian_op, table, borders)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        table, borders = ctx.saved_tensors
+        return _grad_hessian_op(grad, table, borders), None
+
+    @staticmethod
+    def jvp(ctx: Any, v_table: Tensor, _: Any) -> Tensor:
+        with primals(ctx.saved_tensors) as (table, borders):
+            assert table is not None
+            gradient = _grad_hessian_op(table.new_ones(()), table, borders)
+            along: Tensor = (gradient * v_table).sum()
+        return along
 
 
-def _hessian_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    table, borders = ctx.saved_tensors
-    return _grad_hessian(grad, table, borders), None
+class _GradHessian(Differentiable):
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, table: Tensor, borders: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(scale, table, borders)
+        ctx.save_for_forward(scale, table, borders)
+        gradient: Tensor = below_autograd(_grad_hessian_op, scale, table, borders)
+        return gradient
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        if v is None:
+            return None, None, None
+        scale, table, borders = ctx.saved_tensors
+        need_scale, need_table, _ = ctx.needs_input_grad
+        one = torch.ones_like(scale)
+        grad_scale = (v * _grad_hessian_op(one, table, borders)).sum() if need_scale else None
+        return grad_scale, _grad_hessian_op(scale, v, borders) if need_table else None, None
+
+    @staticmethod
+    def jvp(ctx: Any, v_scale: Tensor | None, v_table: Tensor | None, _: Any) -> Tensor:
+        # linear in either
+        with primals(ctx.saved_tensors) as (scale, table, borders):
+            parts = [] if v_scale is None else [_grad_hessian_op(v_scale, table, borders)]
+            parts += [] if v_table is None else [_grad_hessian_op(scale, v_table, borders)]
+        total: Tensor = sum(parts[1:], parts[0])
+        return total
 
 
-def _grad_hessian_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    scale, table, borders = ctx.saved_tensors
-    need_scale, need_table, _ = ctx.needs_input_grad
-    grad_scale = (v * _grad_hessian(torch.ones_like(scale), table, borders)).sum() if need_scale else None
-    return grad_scale, _grad_hessian(scale, v, borders) if need_table else None, None
-
-
-_hessian.register_autograd(_hessian_backward, setup_context=_save_inputs)
-_grad_hessian.register_autograd(_grad_hessian_backward, setup_context=_save_inputs)
+register(_LIBRARY, "hessian", _hessian, _hessian_fake, _Hessian, one_by_one(_hessian_op))
+register(
+    _LIBRARY, "grad_hessian", _grad_hessian, _grad_hessian_fake, _GradHessian, one_by_one(_grad_hessian_op)
+)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.library import opcheck
 
 from lmkan_gen import LMKAN2DLayer, dispatch, knots, packing, reference
-from lmkan_gen.frozen import FrozenTable, packed_lmkan
-from lmkan_gen.packing import PackedTable
+from lmkan_gen.frozen import frozen_lmkan
+from lmkan_gen.packing import RoundedTable
 from lmkan_gen.problem import TableDtype
 from tests import truth
 
-DTYPES = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.int8: 5e-3}
-FORWARD = torch.ops.lmkan_gen.packed_forward.default
-GRAD_INPUT = torch.ops.lmkan_gen.packed_grad_input.default
+DTYPES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.int8: 5e-3}
+FORWARD = torch.ops.lmkan_gen.frozen_forward.default
+GRAD_INPUT = torch.ops.lmkan_gen.frozen_grad_input.default
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 
 
@@ -37,7 +37,7 @@ def layer(
 def expected(of: LMKAN2DLayer, x: Tensor) -> Tensor:
     """What a frozen layer is to compute: the definition in float64 with the rounded table."""
     assert of.frozen is not None
-    table = packing.unpack(of.frozen.packed).double().cpu()
+    table = of.frozen.table.to(torch.double).cpu()
     y = torch.empty(of.output_dim, x.shape[1], dtype=torch.double)
     reference.forward(x.double().cpu(), table, of.borders.double().cpu(), y)
     return y
@@ -101,7 +101,7 @@ def test_not_finite_stays_in_its_sample(device: torch.device, dtype: torch.dtype
     assert torch.equal(y[:, others], before[:, others])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_input_gradient(device: torch.device, dtype: torch.dtype) -> None:
     of = layer(device).freeze(dtype)
     assert of.frozen is not None
@@ -112,7 +112,7 @@ def test_input_gradient(device: torch.device, dtype: torch.dtype) -> None:
     of(x).backward(grad.to(device))
     assert x.grad is not None
     right = torch.empty(12, 65, dtype=torch.double)
-    table = packing.unpack(of.frozen.packed).double().cpu()
+    table = of.frozen.table.to(torch.double).cpu()
     reference.grad_input(grad.double(), x.detach().double().cpu(), table, borders.double(), right)
     assert error(x.grad, right) <= DTYPES[dtype]
 
@@ -127,12 +127,12 @@ def test_int8_has_no_gradient() -> None:
 def test_opcheck(device: torch.device, dtype: torch.dtype) -> None:
     of = layer(device).freeze(dtype)
     assert of.frozen is not None
-    t = of.frozen.packed
+    t = of.frozen.table
     x = torch.randn(12, 20, device=device)
-    opcheck(FORWARD, (x, t.words, t.scales, of.borders, t.outputs, str(t.dtype)))
+    opcheck(FORWARD, (x, t.values, t.scales, of.borders))
     if dtype is not torch.int8:
-        opcheck(FORWARD, (x.clone().requires_grad_(), t.words, None, of.borders, t.outputs, str(t.dtype)))
-        opcheck(GRAD_INPUT, (torch.randn(7, 20, device=device), x, t.words, of.borders, str(t.dtype)))
+        opcheck(FORWARD, (x.clone().requires_grad_(), t.values, None, of.borders))
+        opcheck(GRAD_INPUT, (torch.randn(7, 20, device=device), x, t.values, of.borders))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,7 +198,7 @@ def test_copies_and_moves() -> None:
     of = layer().freeze(torch.int8, "drop")
     x = torch.randn(12, 3)
     assert torch.equal(copy.deepcopy(of)(x), of(x))
-    assert of.to("meta").frozen.words.is_meta  # type: ignore[union-attr]
+    assert of.to("meta").frozen.values.is_meta  # type: ignore[union-attr]
 
 
 def test_refusals() -> None:
@@ -206,8 +206,8 @@ def test_refusals() -> None:
     with pytest.raises(RuntimeError, match=r"call eval\(\) first"):
         of.train().freeze(torch.float16)
     of.eval()
-    with pytest.raises(ValueError, match=r"table_dtype must be one of .* got torch.float32"):
-        of.freeze(torch.float32)
+    with pytest.raises(ValueError, match=r"table_dtype must be one of .* got torch.float64"):
+        of.freeze(torch.float64)
     with pytest.raises(ValueError, match="master must be keep, cpu or drop, got 'gone'"):
         of.freeze(torch.float16, "gone")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="not frozen"):
@@ -218,24 +218,28 @@ def test_refusals() -> None:
 
 
 def test_tensors_that_do_not_belong_together_are_refused() -> None:
-    t, borders, x = packing.pack(torch.randn(5, 5, 3, 4), TableDtype.INT8), knots(4), torch.randn(8, 6)
-    packed_lmkan(x, t, borders)
+    t = packing.round_table(torch.randn(5, 5, 3, 4), TableDtype.INT8)
+    borders, x = knots(4), torch.randn(8, 6)
+    frozen_lmkan(x, t, borders)
     wrong = {
-        "words must be": PackedTable(t.dtype, 4, t.words, t.scales),
-        "scales of shape": PackedTable(t.dtype, 3, t.words, torch.ones(2, 3)),
-        "words must be int32": PackedTable(t.dtype, 3, t.words.float(), t.scales),
+        "scales of shape": RoundedTable(t.values, torch.ones(2, 3)),
+        r"scales of shape \[1, 3\]": RoundedTable(t.values),
+        "scales belong to int8": RoundedTable(t.values.float(), t.scales),
+        "values must be": RoundedTable(t.values[:4], t.scales),
     }
     for message, table in wrong.items():
         with pytest.raises(ValueError, match=message):
-            packed_lmkan(x, table, borders)
+            frozen_lmkan(x, table, borders)
+    with pytest.raises(TypeError, match="frozen tables are one of"):
+        frozen_lmkan(x, RoundedTable(t.values.double()), borders)
     with pytest.raises(ValueError, match="x must be"):
-        packed_lmkan(x[:6], t, borders)
-    with pytest.raises(ValueError, match="words must be"):
-        packed_lmkan(x, t, knots(5))
-    with pytest.raises(TypeError, match="float32 inputs"):
-        packed_lmkan(x.double(), t, borders)
-    with pytest.raises(ValueError, match="float16 or bfloat16, or int8 with scales"):
-        FrozenTable.of_values(torch.zeros(5, 5, 3, 4), None)
+        frozen_lmkan(x[:6], t, borders)
+    with pytest.raises(ValueError, match="values must be"):
+        frozen_lmkan(x, t, knots(5))
+    with pytest.raises(TypeError, match="they must agree"):
+        frozen_lmkan(x.double(), t, borders)
+    with pytest.raises(TypeError, match="float inputs"):
+        frozen_lmkan(x.long(), t, borders)
 
 
 @pytest.mark.gpu

@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lmkan_gen import LMKAN2DLayer, dispatch, lmkan, ops, reference, selection, toolchain
 from lmkan_gen import device as devices
 from lmkan_gen.families import Family, families, family
-from lmkan_gen.frozen import packed_lmkan
+from lmkan_gen.frozen import frozen_lmkan
 from lmkan_gen.launch import cpu
 from lmkan_gen.nn import LMKANMLP, LMKANLinear
-from lmkan_gen.packing import pack, unpack
+from lmkan_gen.packing import round_table
 from lmkan_gen.plan import Constant
 from lmkan_gen.problem import CALL_OPERATIONS, DEFAULT_WORKSPACE, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuner.verify import make_inputs
@@ -263,17 +263,17 @@ def check_operator(x: Tensor, table: Tensor, borders: Tensor, grad: Tensor, of_x
 @pytest.mark.parametrize("batch", [1, 3, 300])
 def test_packed_tables(device: str, dtype: TableDtype, batch: int) -> None:
     x, table, borders = case(37, 11, 8, batch, device)
-    packed = pack(table / 10, dtype)
-    expected = reference.evaluate(x.double(), unpack(packed).double(), borders.double())
+    rounded = round_table(table / 10, dtype)
+    expected = reference.evaluate(x.double(), rounded.to(torch.double), borders.double())
     for layout in layouts.LAYOUTS:
         a = layouts.laid_out(x, layout).detach()
-        y = packed_lmkan(a, packed, borders)
+        y = frozen_lmkan(a, rounded, borders)
         assert (y - expected).norm() <= 8e-3 * expected.norm()
         if dtype is not INT8:
             a.requires_grad_()
-            found = torch.autograd.grad(packed_lmkan(a, packed, borders).sum(), a)[0]
+            found = torch.autograd.grad(frozen_lmkan(a, rounded, borders).sum(), a)[0]
             exact = x.double().requires_grad_()
-            y = reference.evaluate(exact, unpack(packed).double(), borders.double())
+            y = reference.evaluate(exact, rounded.to(torch.double), borders.double())
             wanted = torch.autograd.grad(y.sum(), exact)[0]
             assert (found - wanted).norm() <= 8e-3 * wanted.norm()
 
@@ -288,10 +288,10 @@ def test_opcheck(layout: str, inputs: int) -> None:
     opcheck(torch.ops.lmkan_gen.forward.default, (a, table, borders, 0, 0, 0, 0, False, "float32"))
     backward = torch.ops.lmkan_gen.backward.default
     opcheck(backward, (grad, a, table, borders, True, True, 0, 0, False, "float32"))
-    packed = pack(table, TableDtype.FLOAT16)
-    opcheck(torch.ops.lmkan_gen.packed_forward.default, (a, packed.words, None, borders, 4, "float16"))
-    narrow = (grad, a.detach(), packed.words, borders, "float16")
-    opcheck(torch.ops.lmkan_gen.packed_grad_input.default, narrow)
+    values = table.half()
+    opcheck(torch.ops.lmkan_gen.frozen_forward.default, (a, values, None, borders))
+    narrow = (grad, a.detach(), values, borders)
+    opcheck(torch.ops.lmkan_gen.frozen_grad_input.default, narrow)
 
 
 @pytest.mark.parametrize("inputs", [1, 5])

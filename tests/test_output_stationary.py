@@ -134,16 +134,6 @@ def test_stages_hold_tiles_with_zeros_beyond_the_edges(table: TableDtype, vector
                 assert not of_tile[len(expected) :].any()
 
 
-def test_tables_that_stay_are_arranged_once_and_again_when_written_to() -> None:
-    table = torch.randn(6, 6, 8, 4)
-    name = packing.stages_name(4, 8, 1)
-    first = packing.arranged({"table": table}, {name}, TableDtype.FLOAT32)[name]
-    assert packing.arranged({"table": table}, {name}, TableDtype.FLOAT32)[name] is first
-    table.mul_(2)
-    second = packing.arranged({"table": table}, {name}, TableDtype.FLOAT32)[name]
-    assert torch.equal(second.view(torch.float32), 2 * first.view(torch.float32))
-
-
 @pytest.mark.parametrize("constant", [False, True])
 def test_only_tables_that_change_are_arranged_by_the_plan(constant: bool) -> None:
     asked = Problem(

@@ -11,12 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lmkan_gen.layer import LMKAN2DLayer
-from lmkan_gen.ops import lmkan
+from lmkan_gen.ops import lmkan, own_dtype
 
 _Pair = tuple[int, int]
-
-#: of the computation; narrower tables are for frozen layers
-_TABLE_DTYPE = "float32"
 
 
 class LMKANConv2d(nn.Module):
@@ -38,6 +35,8 @@ class LMKANConv2d(nn.Module):
         dilation: steps between the pixels of a patch.
         init_scale: see `LMKAN2DLayer`.
         workspace_bytes: the largest copy of patches to make.
+        device: where the parameters are made.
+        dtype: of the parameters; float32 by default.
 
     Attributes:
         layer: the `LMKAN2DLayer` with ``in_channels * height * width`` inputs.
@@ -59,6 +58,8 @@ class LMKANConv2d(nn.Module):
         dilation: int | _Pair = 1,
         init_scale: float = 0.1,
         workspace_bytes: int = 64 * 2**20,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if in_channels < 1:
@@ -73,7 +74,9 @@ class LMKANConv2d(nn.Module):
         self.dilation = _pair("dilation", dilation, 1)
         self.workspace_bytes = workspace_bytes
         inputs = in_channels * self.kernel_size[0] * self.kernel_size[1]
-        self.layer = LMKAN2DLayer(num_grids, inputs, out_channels, init_scale=init_scale)
+        self.layer = LMKAN2DLayer(
+            num_grids, inputs, out_channels, init_scale=init_scale, device=device, dtype=dtype
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to every patch.
@@ -92,8 +95,13 @@ class LMKANConv2d(nn.Module):
             return self._convolve_frozen(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(self.layer.func_parameter.dtype)  # tables stay as they are, whatever came before
+        self.layer.check_grid()
+        wanted = x.dtype
+        if wanted in (torch.float16, torch.bfloat16) and self.layer.func_parameter.dtype == wanted:
+            x = x.float()  # as the layer does
         apply: Callable[..., Tensor] = _Convolve.apply
-        return apply(x, self.layer.func_parameter, self.layer.borders, self._geometry(x))
+        y = apply(x, self.layer.func_parameter, self.layer.borders, self._geometry(x))
+        return y if y.dtype == wanted else y.to(wanted)
 
     def patches(self, x: Tensor) -> Tensor:
         """What the layer sees of ``x``, all at once: ``[layer.input_dim, batch * rows * columns]``.
@@ -254,7 +262,9 @@ class _Convolve(torch.autograd.Function):
         for slab in geometry.slabs(x.shape[0]):
             part = _slab_of(y, slab)
             part.copy_(
-                lmkan(_patches(x, geometry, slab), table, borders, table_dtype=_TABLE_DTYPE).view(part.shape)
+                lmkan(_patches(x, geometry, slab), table, borders, table_dtype=own_dtype(table)).view(
+                    part.shape
+                )
             )
         return y
 
@@ -277,7 +287,7 @@ class _Convolve(torch.autograd.Function):
                 0,
                 0,
                 False,
-                _TABLE_DTYPE,
+                own_dtype(table),
             )
             if grad_x is not None:
                 _add_patches(found[0], geometry, slab, grad_x)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lmkan_gen.layer import LMKAN2DLayer
+from lmkan_gen.layer import LMKAN2DLayer, check_dtype
 from lmkan_gen.layout import BatchLastModule
 
 Precondition = Literal["relu_first", "relu_last"]
@@ -24,6 +24,8 @@ class LMKANLinear(BatchLastModule):
         num_grids: cells per axis of each function's grid, at least 3.
         batch_first: take ``[*, input_dim]`` instead of ``[input_dim, batch]``.
         init_scale: see `LMKAN2DLayer`.
+        device: where the parameters are made.
+        dtype: of the parameters; float32 by default.
 
     Attributes:
         layer: the `LMKAN2DLayer` that does the work.
@@ -40,10 +42,14 @@ class LMKANLinear(BatchLastModule):
         *,
         batch_first: bool = True,
         init_scale: float = 0.1,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_dim, batch_first)
         self.output_dim = output_dim
-        self.layer = LMKAN2DLayer(num_grids, input_dim, output_dim, init_scale=init_scale)
+        self.layer = LMKAN2DLayer(
+            num_grids, input_dim, output_dim, init_scale=init_scale, device=device, dtype=dtype
+        )
 
     def batch_last(self, x: Tensor) -> Tensor:
         """``[input_dim, batch]`` -> ``[output_dim, batch]``."""
@@ -65,12 +71,33 @@ class _Preconditioned(LMKANLinear):
         gamma: float = 1.0,
         batch_first: bool = True,
         init_scale: float = 0.1,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(input_dim, output_dim, num_grids, batch_first=batch_first, init_scale=init_scale)
-        # float32 whatever torch's default dtype, as the lmKAN's table
-        self.weight = nn.Parameter(torch.empty(output_dim, input_dim, dtype=torch.float32))
+        super().__init__(
+            input_dim,
+            output_dim,
+            num_grids,
+            batch_first=batch_first,
+            init_scale=init_scale,
+            device=device,
+            dtype=dtype,
+        )
+        dtype = check_dtype(dtype)
+        self.weight = nn.Parameter(torch.empty(output_dim, input_dim, device=device, dtype=dtype))
+        self.register_buffer("gamma", torch.empty((), device=device, dtype=dtype))
+        self._initial_gamma = gamma
+        self._reset_linear()
+
+    def reset_parameters(self) -> None:
+        """Draw ``weight`` and the lmKAN's table anew, and set ``gamma`` to its initial value."""
+        self._reset_linear()
+        self.layer.reset_parameters()
+
+    def _reset_linear(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
-        self.register_buffer("gamma", torch.tensor(gamma, dtype=torch.float32))
+        with torch.no_grad():
+            self.gamma.fill_(self._initial_gamma)
 
 
 class ReLUFirst(_Preconditioned):
@@ -85,6 +112,8 @@ class ReLUFirst(_Preconditioned):
         gamma: initial weight of the lmKAN, in [0, 1]. `lmkan_gen.fitting.FittingSchedule` moves it.
         batch_first: take ``[*, input_dim]`` instead of ``[input_dim, batch]``.
         init_scale: see `LMKAN2DLayer`.
+        device: where the parameters are made.
+        dtype: of the parameters; float32 by default.
 
     Attributes:
         layer: the `LMKAN2DLayer`.
@@ -115,11 +144,21 @@ class BatchLastNorm(nn.Module):
     Args:
         features: number of rows.
         momentum: of the running statistics.
+        device: where the statistics are kept.
+        dtype: of the statistics; float32 by default.
     """
 
-    def __init__(self, features: int, momentum: float = 0.1) -> None:
+    def __init__(
+        self,
+        features: int,
+        momentum: float = 0.1,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(features, momentum=momentum, affine=False)
+        dtype = check_dtype(dtype)
+        self.norm = nn.BatchNorm1d(features, momentum=momentum, affine=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each row of ``x`` ``[features, batch]``."""
@@ -140,6 +179,8 @@ class LMKANBlock(BatchLastModule):
         normalize: whether to put batch norm in front; a network's first layer needs none if its
             inputs are standardised.
         batch_first: take ``[*, input_dim]`` instead of ``[input_dim, batch]``.
+        device: where the parameters are made.
+        dtype: of the parameters; float32 by default.
 
     Attributes:
         norm: `BatchLastNorm` or `nn.Identity`.
@@ -158,14 +199,18 @@ class LMKANBlock(BatchLastModule):
         precondition: Precondition | None = None,
         normalize: bool = True,
         batch_first: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_dim, batch_first)
         kinds = {None: LMKANLinear, "relu_first": ReLUFirst, "relu_last": ReLULast}
         if precondition not in kinds:
             raise ValueError(f"precondition must be None, 'relu_first' or 'relu_last', got {precondition!r}")
         self.output_dim = output_dim
-        self.norm = BatchLastNorm(input_dim) if normalize else nn.Identity()
-        self.lmkan = kinds[precondition](input_dim, output_dim, num_grids, batch_first=False)
+        self.norm = BatchLastNorm(input_dim, device=device, dtype=dtype) if normalize else nn.Identity()
+        self.lmkan = kinds[precondition](
+            input_dim, output_dim, num_grids, batch_first=False, device=device, dtype=dtype
+        )
 
     def batch_last(self, x: Tensor) -> Tensor:
         """``[input_dim, batch]`` -> ``[output_dim, batch]``."""
@@ -183,6 +228,8 @@ class LMKANMLP(BatchLastModule):
         normalize_input: batch norm before the first layer too. Leave it off if inputs are standardised.
         batch_first: take ``[*, inputs]`` instead of ``[inputs, batch]``. Inside, the batch is always last:
             the first layer reads samples as they lie, and nothing is transposed.
+        device: where the parameters are made.
+        dtype: of the parameters; float32 by default.
 
     Attributes:
         blocks: `nn.Sequential` of batch-last `LMKANBlock`.
@@ -199,6 +246,8 @@ class LMKANMLP(BatchLastModule):
         precondition: Precondition | None = None,
         normalize_input: bool = False,
         batch_first: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if len(widths) < 2:
             raise ValueError(f"widths must hold at least inputs and outputs, got {list(widths)}")
@@ -212,6 +261,8 @@ class LMKANMLP(BatchLastModule):
                     precondition=precondition,
                     normalize=i > 0 or normalize_input,
                     batch_first=False,
+                    device=device,
+                    dtype=dtype,
                 )
                 for i, (inputs, outputs) in enumerate(pairwise(widths))
             )

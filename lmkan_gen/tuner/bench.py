@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lmkan_gen import packing, reference
 from lmkan_gen.families import Family, Parameters
+from lmkan_gen.plan import LaunchPlan
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuner.measure import Timing, copies_past_cache, measure
 from lmkan_gen.tuner.verify import Case, Run, make_cases, make_inputs, output_shapes
@@ -40,8 +41,9 @@ class Bench:
 
     def time(self, family: Family, parameters: Parameters, best_us: float | None) -> Timing:
         """Time a candidate on the problem's own shape."""
-        run = self._prepare(family, parameters, self._problem)
-        return measure([_bound(run, buffers) for buffers in self._buffers], self._device, best_us)
+        run, plan = self._launcher(family, parameters, self._problem)
+        calls = [_bound(run, plan, buffers, self._problem) for buffers in self._buffers]
+        return measure(calls, self._device, best_us)
 
     def time_reference(self) -> float | None:
         """Microseconds of the plain torch fallback; None when it takes too long or too much memory."""
@@ -76,10 +78,14 @@ class Bench:
         self._synchronize()
 
     def _prepare(self, family: Family, parameters: Parameters, problem: Problem) -> Run:
+        run, plan = self._launcher(family, parameters, problem)
+        return lambda buffers: run(packing.arranged(buffers, plan.buffers, problem.table))
+
+    def _launcher(self, family: Family, parameters: Parameters, problem: Problem) -> tuple[Run, LaunchPlan]:
         launcher = import_module(f"lmkan_gen.launch.{problem.device.kind}")
         plan = family.plan(problem, parameters)
         run: Run = launcher.prepare(family.spec(problem, parameters), plan, self._device)
-        return lambda buffers: run(packing.arranged(buffers, plan.buffers, problem.table))
+        return run, plan
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -108,5 +114,8 @@ def _with_outputs(
     return buffers
 
 
-def _bound(run: Run, buffers: Mapping[str, Tensor]) -> Callable[[], None]:
-    return lambda: run(buffers)
+def _bound(run: Run, plan: LaunchPlan, buffers: Mapping[str, Tensor], problem: Problem) -> Callable[[], None]:
+    if problem.constant:  # a frozen layer arranges its table once
+        once = packing.arranged(buffers, plan.buffers, problem.table)
+        return lambda: run(once)
+    return lambda: run(packing.arranged(buffers, plan.buffers, problem.table))

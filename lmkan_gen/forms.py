@@ -1,0 +1,87 @@
+"""Other orders of a table that outlive one call, and whose they are.
+
+A form may be used only where it provably belongs to the present values of its table, and no property of a
+tensor proves that: writes through ``.data``, by fused optimisers or by FSDP leave its identity and its
+version as they were. So nothing is kept of a table that others can write to. `keep_forms` names the tensors
+of which forms are kept:
+
+- the table of a frozen layer, which freezing declares to be constant. Writes that torch counts, replacing the
+  tensor and assigning to its ``.data`` are noticed all the same;
+- the rounded copy of a table that a differentiable forward makes for itself. Nobody else has it, and it lives
+  until the backward of that call has run.
+
+Tensors of a compiled graph are never among the latter: the compiler may give the memory of one to another.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Made = dict[str, Tensor]
+
+
+class Forms:
+    """Forms of one table by name. They go with their table."""
+
+    def __init__(self, of: Tensor) -> None:
+        self._of = weakref.ref(of)
+        self._in_graph = _capturing(of)
+        self._state = _state(of)
+        self._made: dict[str, Made] = {}
+
+    def get(self, name: str, make: Callable[[], Made]) -> Made:
+        """The form called ``name``; made where it is not known, or the table has changed since."""
+        of = self._of()
+        assert of is not None
+        state = _state(of)
+        if state != self._state:
+            self._made, self._state = {}, state
+        found = self._made.get(name)
+        if found is None:
+            found = make()
+            # what is made while a CUDA graph is captured has values only once that graph has run; a view of
+            # the table costs nothing to make, and would keep the table alive
+            views = any(_storage(t) == _storage(of) for t in found.values())
+            if state is not None and not views and (self._in_graph or not _capturing(of)):
+                self._made[name] = found
+        return found
+
+
+_kept: dict[int, tuple[weakref.ref[Tensor], Forms]] = {}
+
+
+def keep_forms(of: Tensor) -> None:
+    """From now on keep the forms of a table for as long as it lives.
+
+    Args:
+        of: a tensor that nobody writes to unnoticed: see above.
+    """
+    key = id(of)
+    known = _kept.get(key)
+    if known is None or known[0]() is not of:
+        _kept[key] = weakref.ref(of, lambda _: _kept.pop(key, None)), Forms(of)
+
+
+def forms_of(table: Tensor) -> Forms | None:
+    """What is kept of a table; None: nothing may be."""
+    known = _kept.get(id(table))
+    return known[1] if known is not None and known[0]() is table else None
+
+
+def _state(of: Tensor) -> tuple[int, int] | None:
+    """What changes when the tensor is written to, as far as torch tells; None: it does not tell."""
+    if of.is_inference() or type(of) is not Tensor:
+        return None
+    return of._version, of.data_ptr()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _capturing(of: Tensor) -> bool:
+    return of.is_cuda and torch.cuda.is_current_stream_capturing()
