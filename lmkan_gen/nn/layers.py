@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,13 @@ class LMKANLinear(BatchLastModule):
 
     Attributes:
         layer: the `LMKAN2DLayer` that does the work.
+        replaced: qualified name of the linear layer in whose place `lmkan_gen.convert` put this one, or None.
 
     Raises:
         TypeError, ValueError: as `LMKAN2DLayer`.
     """
+
+    replaced: str | None = None
 
     def __init__(
         self,
@@ -50,6 +53,28 @@ class LMKANLinear(BatchLastModule):
         self.layer = LMKAN2DLayer(
             num_grids, input_dim, output_dim, init_scale=init_scale, device=device, dtype=dtype
         )
+
+    @property
+    def in_features(self) -> int:
+        """``input_dim``, by the name that `nn.Linear` has for it."""
+        return self.input_dim
+
+    @property
+    def out_features(self) -> int:
+        """``output_dim``, by the name that `nn.Linear` has for it."""
+        return self.output_dim
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what to do where code wants the weight of the linear layer that this one replaced."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if self.replaced is None or name not in ("weight", "bias"):
+                raise
+            raise AttributeError(
+                f"the linear layer {self.replaced!r} was converted to an {type(self).__name__}, which has no "
+                f"{name}: pass skip=[{self.replaced!r}] to convert"
+            ) from None
 
     def batch_last(self, x: Tensor) -> Tensor:
         """``[input_dim, batch]`` -> ``[output_dim, batch]``."""
