@@ -186,17 +186,9 @@ def test_skip() -> None:
         convert(model, skip=["c"])
 
 
-def test_a_lone_layer_and_attention() -> None:
+def test_a_lone_layer() -> None:
     linear = nn.Linear(3, 2).double()
     assert_same(convert(linear, 5), linear, wide_inputs(40, 3))
-    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double()
-    converted = convert(attention).train()
-    x = torch.randn(2, 5, 8).double()
-    for module in (attention, converted):
-        for m in module.modules():
-            if isinstance(m, (nn.Dropout, nn.MultiheadAttention)):
-                m.eval()
-    assert_same(converted, attention, x)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +197,7 @@ def test_a_lone_layer_and_attention() -> None:
         (nn.ReLU(), {}, ValueError, "ReLU has no linear layer to convert"),
         (mlp(), {"num_grids": 7}, ValueError, "num_grids must be even for ReLU.*got 7, take 8"),
         (nn.Linear(2, 2), {"num_grids": 2}, ValueError, "num_grids must be at least 3"),
-        (nn.Linear(2, 2).half(), {}, TypeError, r"linear has dtype torch.float16; .*model.float\(\)"),
+        (nn.Linear(2, 2).half(), {}, TypeError, r"linear.* has dtype torch.float16; .*model.float\(\)"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(
