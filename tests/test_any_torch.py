@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.nn.utils import parametrize
 
 from lmkan_gen import LMKAN2DLayer, knots, reference
@@ -32,7 +34,7 @@ def right(table: Tensor, x: Tensor) -> Tensor:
     return reference.evaluate(x.double(), table.double(), borders)
 
 
-MODULES = {
+MODULES: dict[str, Callable[..., nn.Module]] = {
     "layer": lambda **k: LMKAN2DLayer(6, 8, 5, **k),
     "linear": lambda **k: LMKANLinear(8, 5, 6, **k),
     "relu_first": lambda **k: ReLUFirst(8, 5, 6, gamma=0.25, **k),
@@ -52,8 +54,9 @@ def test_meta_then_to_empty_then_reset(name: str) -> None:
         for tensor in (*built.parameters(), *built.buffers()):
             tensor.copy_(torch.full_like(tensor, 77))
     for module in built.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset: Any = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
     usual = dict(MODULES[name]().named_buffers())
     for key, buffer in built.named_buffers():
         assert torch.equal(buffer, usual[key]), key
@@ -196,8 +199,8 @@ def test_frozen_states_load_in_every_way(dtype: torch.dtype, tmp_path: Path) -> 
 
     in_place = layer().eval().freeze(dtype)
     in_place(x)
-    checkpoint.save(state, checkpoint_id=tmp_path)
-    checkpoint.load(in_place.state_dict(), checkpoint_id=tmp_path)
+    save_checkpoint(state, checkpoint_id=tmp_path)
+    load_checkpoint(in_place.state_dict(), checkpoint_id=tmp_path)
     assert torch.equal(in_place(x), source(x))
     assert torch.equal(in_place.unfreeze().func_parameter, source.frozen.table.to(torch.float32))  # type: ignore[union-attr]
 
@@ -227,7 +230,7 @@ def test_parametrized_tables() -> None:
     parametrize.register_parametrization(parametrized, "func_parameter", Halved())
     for master in ("cpu", "drop"):
         with pytest.raises(RuntimeError, match=r"parametrized.*master='keep'"):
-            parametrized.freeze(torch.float32, master)  # type: ignore[arg-type]
+            parametrized.freeze(torch.float32, master)
         assert parametrized.frozen is None
     before = parametrized(x)
     assert torch.equal(parametrized.freeze(torch.float32)(x), before)

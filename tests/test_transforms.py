@@ -128,7 +128,7 @@ def test_regulariser() -> None:
 @pytest.mark.parametrize("mapped_inputs", [False, True])
 def test_stacked_models(mapped_inputs: bool) -> None:
     layers = [LMKAN2DLayer(GRIDS, 4, 3, init_scale=1.0) for _ in range(3)]
-    parameters, buffers = stack_module_state(layers)  # type: ignore[arg-type]
+    parameters, buffers = stack_module_state(layers)
     x = torch.randn(3, 4, 7) if mapped_inputs else torch.randn(4, 7)
 
     def one(parameters: Any, buffers: Any, x: Tensor) -> Any:
