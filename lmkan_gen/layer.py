@@ -126,7 +126,7 @@ class LMKAN2DLayer(BatchLastModule):
         self.func_parameter = nn.Parameter(
             torch.empty(side, side, output_dim, self._pairs, device=device, dtype=dtype)
         )
-        self.register_buffer("borders", knots(num_grids, _exact(dtype)).to(self.func_parameter.device))
+        self.register_buffer("borders", knots(num_grids).to(self.func_parameter.device, _exact(dtype)))
         self._vetted: tuple[Tensor, int] | None = None
         self.frozen = None
         self._master: Tensor | None = None
@@ -292,7 +292,7 @@ class LMKAN2DLayer(BatchLastModule):
             if borders.dtype != dtype:
                 self.borders = borders.to(dtype)
             return
-        exact = knots(self.num_grids, dtype).to(borders.device)
+        exact = knots(self.num_grids).to(borders.device, dtype)
         if borders.dtype != dtype or not torch.equal(borders, exact):
             self.borders = exact
         self._vetted = None
@@ -420,7 +420,7 @@ def check_dtype(dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
-    """What knots are kept in beside a table of some dtype."""
+    """What knots are kept in beside a table of some dtype: their values are those of float32 either way."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

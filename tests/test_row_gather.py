@@ -78,24 +78,25 @@ def test_only_a_frozen_table_counts_as_constant(monkeypatch: pytest.MonkeyPatch)
 @needs_gpu
 @pytest.mark.parametrize("batch", [1, 2, 33])
 @pytest.mark.parametrize(("inputs", "outputs"), [(2, 1), (66, 131), (512, 512)])
-def test_follows_the_parameter(batch: int, inputs: int, outputs: int) -> None:
+def test_follows_a_frozen_table(batch: int, inputs: int, outputs: int) -> None:
     dispatch.clear_caches()
-    layer = LMKAN2DLayer(18, inputs, outputs, init_scale=1.0).cuda()
+    layer = LMKAN2DLayer(18, inputs, outputs, init_scale=1.0).cuda().eval().freeze(torch.float32)
+    assert layer.frozen is not None
     x = torch.randn(inputs, batch, device="cuda")
     x[0, 0] = 30.0
     for _ in range(2):
         with torch.no_grad():
             y = layer(x)
-            right = reference.evaluate(x.double(), layer.func_parameter.double(), layer.borders.double())
+            right = reference.evaluate(x.double(), layer.frozen.values.double(), layer.borders.double())
             assert (y - right).norm() <= 5e-6 * right.norm()
-            layer.func_parameter.mul_(-1.5)
+            layer.frozen.values.mul_(-1.5)
     assert [u.kernel for u in dispatch.used()] == ["row_gather"]
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_not_finite_stays_in_its_sample() -> None:
-    layer = LMKAN2DLayer(18, 64, 40, init_scale=1.0).cuda().eval()
+    layer = LMKAN2DLayer(18, 64, 40, init_scale=1.0).cuda().eval().freeze(torch.float32)
     x = torch.randn(64, 5, device="cuda")
     with torch.no_grad():
         before = layer(x)
