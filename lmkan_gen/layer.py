@@ -235,9 +235,9 @@ class LMKAN2DLayer(BatchLastModule):
             )
         with torch.no_grad():
             table = packing.round_table(self.func_parameter.detach(), _TABLE_DTYPES[table_dtype])
-            if master == "keep" and table.values.data_ptr() == self.func_parameter.data_ptr():
-                table = RoundedTable(table.values.clone())
-        if master == "cpu":
+            if table_dtype == self.func_parameter.dtype:
+                table = RoundedTable(table.values.clone())  # what is frozen does not follow the parameter
+        if master == "cpu" and not self.func_parameter.is_meta:
             self._master = self.func_parameter.detach().cpu()
         self._set_frozen(FrozenTable(table), keep=master == "keep")
         return self

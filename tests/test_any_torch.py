@@ -182,6 +182,17 @@ def test_networks_train_under_cpu_autocast_and_with_a_scaler(precondition: Any, 
 
 
 @pytest.mark.parametrize("dtype", FREEZABLE)
+@pytest.mark.parametrize("master", ["keep", "cpu", "drop"])
+def test_meta_layers_freeze_to_what_others_do(dtype: torch.dtype, master: Any) -> None:
+    on_meta, usual = (layer(device=device).eval().freeze(dtype, master) for device in ("meta", "cpu"))
+    found, expected = on_meta.state_dict(), usual.state_dict()
+    assert {n: (t.shape, t.dtype) for n, t in found.items()} == {
+        n: (t.shape, t.dtype) for n, t in expected.items()
+    }
+    assert all(t.is_meta for t in found.values())
+
+
+@pytest.mark.parametrize("dtype", FREEZABLE)
 def test_frozen_states_load_in_every_way(dtype: torch.dtype, tmp_path: Path) -> None:
     source, x = layer().eval().freeze(dtype), torch.randn(8, 9)
     state = source.state_dict()
