@@ -232,3 +232,10 @@ def test_opcheck_on_a_gpu(monkeypatch: pytest.MonkeyPatch, disabled: str) -> Non
     x, table, borders = (t.cuda() for t in case())
     opcheck(FORWARD, (x.requires_grad_(), table.requires_grad_(), borders, 0, 0, 0, 0, False, "float32"))
     opcheck(BACKWARD, (torch.randn(4, 20).cuda(), x, table, borders, True, True, 0, 0, False, "float32"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_of_tangent(dtype: torch.dtype) -> None:
+    x, table, borders = case(dtype=dtype)
+    v_x = torch.randn_like(x, requires_grad=True)
+    opcheck(torch.ops.lmkan_gen.tangent.default, (v_x, x, table.requires_grad_(), borders))
