@@ -5,6 +5,7 @@ Importing this touches neither CUDA nor a compiler; kernels are made when a laye
 
 from lmkan_gen.conversion import convert, fold, refine
 from lmkan_gen.dispatch import set_workspace_limit
+from lmkan_gen.flops import register_formulas
 from lmkan_gen.grid import knots
 from lmkan_gen.layer import LMKAN2DLayer
 from lmkan_gen.model_tuning import tune
@@ -12,6 +13,8 @@ from lmkan_gen.ops import lmkan
 from lmkan_gen.regularization import hessian_regularization
 
 __version__ = "0.1.0"
+
+register_formulas()
 
 __all__ = [
     "LMKAN2DLayer",

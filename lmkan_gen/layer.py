@@ -344,6 +344,12 @@ class LMKAN2DLayer(BatchLastModule):
             raise RuntimeError("a frozen layer has no functions to regularise; call unfreeze() first")
         return hessian_regularization(self.func_parameter, self.borders)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse `torch.jit.script`, which would fail somewhere inside."""
+        raise RuntimeError(
+            "torch.jit.script knows no lmKAN layers; use torch.compile, or torch.export for deployment"
+        )
+
     def extra_repr(self) -> str:
         """Sizes, and whatever differs from the defaults."""
         words = [f"num_grids={self.num_grids}, input_dim={self.input_dim}, output_dim={self.output_dim}"]

@@ -1,0 +1,52 @@
+"""What `torch.utils.flop_counter.FlopCounterMode` counts for the operators of this package.
+
+Four multiplications and additions a function and sample, in each pass: twice a linear layer of the same
+shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+_Shape = tuple[int, ...]
+
+
+def register_formulas() -> None:
+    """Make them known to torch; the operators have to be defined."""
+    ops = torch.ops.lmkan_gen
+    formulas: dict[Any, Any] = {
+        ops.forward: _forward,
+        ops.frozen_forward: _forward,
+        ops.frozen_grad_input: _grad_input,
+        ops.backward: _backward,
+    }
+    for op, formula in formulas.items():
+        register_flop_formula(op)(formula)
+
+
+def _of_pass(x: _Shape, table: _Shape) -> int:
+    return 8 * x[1] * table[2] * table[3]
+
+
+def _forward(x: _Shape, table: _Shape, *_: Any, **__: Any) -> int:
+    return _of_pass(x, table)
+
+
+def _grad_input(grad: _Shape, x: _Shape, table: _Shape, *_: Any, **__: Any) -> int:
+    return _of_pass(x, table)
+
+
+def _backward(
+    grad: _Shape,
+    x: _Shape,
+    table: _Shape,
+    borders: _Shape,
+    need_x: bool,
+    need_table: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return (int(need_x) + int(need_table)) * _of_pass(x, table)
