@@ -43,7 +43,7 @@ def _choices(
     shape: LayerShape, device: Device, backward: bool, tables: tuple[TableDtype, ...]
 ) -> list[Choice]:
     forward = Problem(Operation.FORWARD, shape, device)
-    # for training, and for tables that stay as they are
+    # for layers in use, and for those that are frozen to float32
     chosen = [select(forward), select(replace(forward, constant=True))]
     chosen += (select(replace(forward, table=table, constant=True)) for table in tables)
     if backward:

@@ -27,17 +27,18 @@ Made = dict[str, Tensor]
 class Forms:
     """Forms of one table by name. They go with their table."""
 
-    def __init__(self, of: Tensor) -> None:
+    def __init__(self, of: Tensor, scales: Tensor | None = None) -> None:
         self._of = weakref.ref(of)
+        self.scales = scales
         self._in_graph = _capturing(of)
-        self._state = _state(of)
+        self._state = _states(of, scales)
         self._made: dict[str, Made] = {}
 
     def get(self, name: str, make: Callable[[], Made]) -> Made:
         """The form called ``name``; made where it is not known, or the table has changed since."""
         of = self._of()
         assert of is not None
-        state = _state(of)
+        state = _states(of, self.scales)
         if state != self._state:
             self._made, self._state = {}, state
         found = self._made.get(name)
@@ -54,16 +55,17 @@ class Forms:
 _kept: dict[int, tuple[weakref.ref[Tensor], Forms]] = {}
 
 
-def keep_forms(of: Tensor) -> None:
+def keep_forms(of: Tensor, scales: Tensor | None = None) -> None:
     """From now on keep the forms of a table for as long as it lives.
 
     Args:
         of: a tensor that nobody writes to unnoticed: see above.
+        scales: of an int8 table, which are in its forms too.
     """
-    key = id(of)
-    known = _kept.get(key)
-    if known is None or known[0]() is not of:
-        _kept[key] = weakref.ref(of, lambda _: _kept.pop(key, None)), Forms(of)
+    known = forms_of(of)
+    if known is None or known.scales is not scales:
+        key = id(of)
+        _kept[key] = weakref.ref(of, lambda _: _kept.pop(key, None)), Forms(of, scales)
 
 
 def forms_of(table: Tensor) -> Forms | None:
@@ -72,9 +74,16 @@ def forms_of(table: Tensor) -> Forms | None:
     return known[1] if known is not None and known[0]() is table else None
 
 
+def _states(of: Tensor, scales: Tensor | None) -> tuple[tuple[int, int], ...] | None:
+    """`_state` of all tensors that forms are made of; None: torch does not tell of one."""
+    states = [_state(t) for t in (of, scales) if t is not None]
+    known = tuple(state for state in states if state is not None)
+    return known if len(known) == len(states) else None
+
+
 def _state(of: Tensor) -> tuple[int, int] | None:
     """What changes when the tensor is written to, as far as torch tells; None: it does not tell."""
-    if of.is_inference() or type(of) is not Tensor:
+    if of.is_inference() or type(of) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(of):
         return None
     return of._version, of.data_ptr()
 

@@ -17,12 +17,13 @@ from lmkan_gen import dispatch, packing, reference
 from lmkan_gen.families import Demand
 from lmkan_gen.forms import forms_of, keep_forms
 from lmkan_gen.operators import Differentiable, below_autograd, longer_batch, primals, register
-from lmkan_gen.ops import autocasts, check_inputs
+from lmkan_gen.ops import HALVES, autocasts, check_inputs
 from lmkan_gen.packing import RoundedTable
 from lmkan_gen.problem import LayerShape, Operation
 
 #: element types that tables can be frozen to
 FREEZABLE = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+FREEZABLE_NAMES = ", ".join(map(str, FREEZABLE))
 
 _LIBRARY = torch.library.Library("lmkan_gen", "FRAGMENT")
 _LIBRARY.define("frozen_forward(Tensor x, Tensor values, Tensor? scales, Tensor borders) -> Tensor")
@@ -52,7 +53,7 @@ def frozen_lmkan(x: Tensor, table: RoundedTable, borders: Tensor) -> Tensor:
         TypeError: ``x`` is no float, or ``borders`` has another dtype than described.
     """
     wanted = torch.float32 if autocasts(x) else x.dtype
-    if x.dtype in (torch.float16, torch.bfloat16):
+    if x.dtype in HALVES:
         x = x.float()
     y: Tensor = _forward_op(x, table.values, table.scales, borders)
     return y if y.dtype == wanted else y.to(wanted)
@@ -73,18 +74,19 @@ def _check(x: Tensor, values: Tensor, scales: Tensor | None, borders: Tensor) ->
     if values.dtype not in (*FREEZABLE, torch.float64) or (
         values.dtype == torch.float64 and x.dtype != torch.float64
     ):
-        raise TypeError(f"values has dtype {values.dtype}; frozen tables are one of {_names()}")
+        raise TypeError(f"values has dtype {values.dtype}; frozen tables are one of {FREEZABLE_NAMES}")
     groups, outputs = -(-values.shape[3] // packing.SCALE_PAIRS), values.shape[2]
     of_int8 = values.dtype == torch.int8
-    if of_int8 and (scales is None or tuple(scales.shape) != (groups, outputs) or scales.device != x.device):
+    if of_int8 and (
+        scales is None
+        or scales.dtype != torch.float32
+        or tuple(scales.shape) != (groups, outputs)
+        or scales.device != x.device
+    ):
         raise ValueError(f"int8 tables need float32 scales of shape {[groups, outputs]} on {x.device}")
     if scales is not None and not of_int8:
         raise ValueError(f"scales belong to int8 tables, values has dtype {values.dtype}")
     check_inputs(x, values.shape[3])
-
-
-def _names() -> str:
-    return ", ".join(map(str, FREEZABLE))
 
 
 def _check_grad(grad: Tensor, x: Tensor, values: Tensor, borders: Tensor) -> None:
@@ -100,7 +102,7 @@ def _check_grad(grad: Tensor, x: Tensor, values: Tensor, borders: Tensor) -> Non
 
 def _execute(operation: Operation, buffers: dict[str, Tensor], values: Tensor, scales: Tensor | None) -> None:
     x, outputs, grids = buffers["x"], values.shape[2], values.shape[0] - 1
-    table = RoundedTable(values.contiguous(), None if scales is None else scales.float().contiguous())
+    table = RoundedTable(values.contiguous(), None if scales is None else scales.contiguous())
     shape = LayerShape(x.shape[0], outputs, grids, x.shape[1])
     dispatch.execute(
         operation, shape, x.device, Demand(), buffers, table.dtype, table, forms_of(values), constant=True
@@ -229,7 +231,7 @@ class FrozenTable(nn.Module):
     def table(self) -> RoundedTable:
         """The table for `frozen_lmkan`."""
         if not torch.compiler.is_compiling():
-            keep_forms(self.values)
+            keep_forms(self.values, self.scales)
         return RoundedTable(self.values, self.scales)
 
     def forget(self) -> None:
@@ -238,7 +240,7 @@ class FrozenTable(nn.Module):
 
     def is_as_made(self) -> bool:
         """Whether the values are those that the module was made with, as far as torch tells."""
-        return self._made == _identity(self.values)
+        return self._made == _identities(self.table)
 
     def extra_repr(self) -> str:
         """Type and size."""
@@ -246,7 +248,7 @@ class FrozenTable(nn.Module):
         return f"{str(self.values.dtype).removeprefix('torch.')}, {nbytes} bytes"
 
     def _remember(self) -> None:
-        self._made = _identity(self.values)
+        self._made = _identities(self.table)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         as_made, scales = self.is_as_made(), self.scales
@@ -258,5 +260,6 @@ class FrozenTable(nn.Module):
         return self
 
 
-def _identity(values: Tensor) -> tuple[int, int]:
-    return id(values), 0 if values.is_inference() else values._version
+def _identities(table: RoundedTable) -> list[tuple[int, int]]:
+    tensors = [t for t in (table.values, table.scales) if t is not None]
+    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]

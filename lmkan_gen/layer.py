@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lmkan_gen import packing
-from lmkan_gen.frozen import FREEZABLE, FrozenTable, frozen_lmkan
+from lmkan_gen.frozen import FREEZABLE, FREEZABLE_NAMES, FrozenTable, frozen_lmkan
 from lmkan_gen.grid import knots
 from lmkan_gen.layout import BatchLastModule
 from lmkan_gen.ops import lmkan
 from lmkan_gen.packing import RoundedTable
-from lmkan_gen.problem import MIN_GRIDS, TableDtype
+from lmkan_gen.problem import MIN_GRIDS
 from lmkan_gen.regularization import hessian_regularization
 from lmkan_gen.tables import affine_table
 
@@ -224,8 +224,7 @@ class LMKAN2DLayer(BatchLastModule):
             dtype = str(self.frozen.values.dtype).removeprefix("torch.")
             raise RuntimeError(f"the layer is frozen to {dtype} already; call unfreeze() first")
         if table_dtype not in FREEZABLE:
-            names = ", ".join(map(str, FREEZABLE))
-            raise ValueError(f"table_dtype must be one of {names}, got {table_dtype}")
+            raise ValueError(f"table_dtype must be one of {FREEZABLE_NAMES}, got {table_dtype}")
         if master not in ("keep", "cpu", "drop"):
             raise ValueError(f"master must be keep, cpu or drop, got {master!r}")
         if master != "keep" and self._is_parametrized():
@@ -234,7 +233,7 @@ class LMKAN2DLayer(BatchLastModule):
                 "master='keep', or torch.nn.utils.parametrize.remove_parametrizations first"
             )
         with torch.no_grad():
-            table = packing.round_table(self.func_parameter.detach(), _TABLE_DTYPES[table_dtype])
+            table = packing.round_table(self.func_parameter.detach(), packing.table_dtype(table_dtype))
             if table_dtype == self.func_parameter.dtype:
                 table = RoundedTable(table.values.clone())  # what is frozen does not follow the parameter
         if master == "cpu" and not self.func_parameter.is_meta:
@@ -406,10 +405,6 @@ class LMKAN2DLayer(BatchLastModule):
         )
         self._master = None
         self._set_frozen(FrozenTable(empty), keep=False)
-
-
-#: what tables are frozen to, by the names that kernels know
-_TABLE_DTYPES = {dtype: TableDtype(str(dtype).removeprefix("torch.")) for dtype in FREEZABLE}
 
 
 def check_dtype(dtype: torch.dtype | None) -> torch.dtype:

@@ -23,7 +23,7 @@ from lmkan_gen.packing import round_table
 from lmkan_gen.problem import LayerShape, Operation, TableDtype
 
 _DTYPES = (torch.float32, torch.float64)
-_HALVES = (torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 
 _LIBRARY = torch.library.Library("lmkan_gen", "DEF")
 _LIBRARY.define(
@@ -93,7 +93,7 @@ def lmkan(
     if table_dtype is None and autocasts(x):
         table_dtype, x = _name(torch.get_autocast_dtype(x.device.type)), x.float()
         wanted = torch.float32
-    elif wanted in _HALVES and table.dtype == wanted:
+    elif wanted in HALVES and table.dtype == wanted:
         x = x.float()
     y: Tensor = _forward_op(
         x,
@@ -128,7 +128,7 @@ def _check(x: Tensor, table: Tensor, borders: Tensor, grad: Tensor | None = None
     if grad is not None:
         others["grad"] = grad
     for name, tensor in others.items():
-        narrow = name == "table" and x.dtype == torch.float32 and tensor.dtype in _HALVES
+        narrow = name == "table" and x.dtype == torch.float32 and tensor.dtype in HALVES
         if tensor.dtype != x.dtype and not narrow:
             raise TypeError(
                 f"{name} has dtype {_name(tensor.dtype)}, x has {_name(x.dtype)}: they must agree; "
@@ -166,7 +166,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def own_dtype(table: Tensor) -> str:
     """The ``table_dtype`` that leaves a table as it is."""
-    return _name(table.dtype if table.dtype in _HALVES else torch.float32)
+    return _name(table.dtype if table.dtype in HALVES else torch.float32)
 
 
 def _shape(x: Tensor, table: Tensor) -> LayerShape:
@@ -344,7 +344,7 @@ class _Forward(Differentiable):
             keep_forms(rounded)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, table, borders, rounded)
-        ctx.save_for_forward(x, table, borders)
+        ctx.save_for_forward(x, table, borders, rounded)
         ctx.options = options[2:]
         y: Tensor = below_autograd(_forward_op, x, table if rounded is None else rounded, borders, *options)
         return y
@@ -361,8 +361,9 @@ class _Forward(Differentiable):
 
     @staticmethod
     def jvp(ctx: Any, v_x: Tensor | None, v_table: Tensor | None, *_: Any) -> Tensor:
-        with primals(ctx.saved_tensors[:3]) as (x, table, borders):
-            along: Tensor | None = None if v_x is None else _tangent_op(v_x, x, table, borders)
+        with primals(ctx.saved_tensors) as (x, table, borders, rounded):
+            read = table if rounded is None else rounded
+            along: Tensor | None = None if v_x is None else _tangent_op(v_x, x, read, borders)
             if v_table is None:
                 assert along is not None
                 return along

@@ -41,6 +41,15 @@ _HALF = {TableDtype.FLOAT16: torch.float16, TableDtype.BFLOAT16: torch.bfloat16}
 TORCH_DTYPES = {TableDtype.FLOAT32: torch.float32, TableDtype.INT8: torch.int8, **_HALF}
 
 
+def table_dtype(dtype: torch.dtype) -> TableDtype:
+    """What kernels call an element type.
+
+    Raises:
+        ValueError: tables have no such elements.
+    """
+    return TableDtype(str(dtype).removeprefix("torch."))
+
+
 @dataclass(frozen=True)
 class PackedTable:
     """A narrow table in the layout that kernels for ``dtype`` read; ``scales`` only for int8."""
@@ -70,7 +79,7 @@ class RoundedTable:
     @property
     def dtype(self) -> TableDtype:
         """The element type."""
-        return TableDtype(str(self.values.dtype).removeprefix("torch."))
+        return table_dtype(self.values.dtype)
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The coefficients ``[G+1, G+1, O, P]``, in a floating-point type."""

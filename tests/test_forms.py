@@ -153,3 +153,18 @@ def test_a_training_step_rounds_its_table_once_and_keeps_nothing() -> None:
     del y
     gc.collect()
     assert len(forms._kept) == before
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_scales_of_a_frozen_table_count_too(replaced: bool) -> None:
+    layer, x = LMKAN2DLayer(6, 8, 5, init_scale=1.0).eval().freeze(torch.int8), torch.randn(8, 40)
+    assert layer.frozen is not None
+    assert layer.frozen.scales is not None
+    before = layer(x)
+    if replaced:
+        layer.frozen.scales = 2 * layer.frozen.scales
+    else:
+        layer.frozen.scales.mul_(2)
+    torch.testing.assert_close(layer(x), 2 * before)
+    table = layer.frozen.table.to(torch.float32)
+    assert torch.equal(layer.unfreeze().func_parameter, table)

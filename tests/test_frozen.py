@@ -224,6 +224,7 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
     wrong = {
         "scales of shape": RoundedTable(t.values, torch.ones(2, 3)),
         r"scales of shape \[1, 3\]": RoundedTable(t.values),
+        r"float32 scales": RoundedTable(t.values, torch.ones(1, 3).half()),
         "scales belong to int8": RoundedTable(t.values.float(), t.scales),
         "values must be": RoundedTable(t.values[:4], t.scales),
     }

@@ -155,3 +155,13 @@ def test_what_is_not_implemented_says_so() -> None:
     layer.unfreeze().freeze(torch.int8)
     with pytest.raises(RuntimeError, match="int8 tables are for inference"):
         jvp(layer, (x.float(),), (x.float(),))
+
+
+def test_tangents_under_autocast_are_those_of_the_rounded_table() -> None:
+    x, table, borders = (t.float() for t in case())
+    v = torch.randn_like(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        along = jvp(lambda x: lmkan(x, table, borders), (x,), (v,))[1]
+    rounded = table.bfloat16().double()
+    exact = jvp(lambda x: reference.evaluate(x, rounded, borders.double()), (x.double(),), (v.double(),))[1]
+    assert_close(along.double(), exact, rtol=1e-4, atol=1e-4)

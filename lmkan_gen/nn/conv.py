@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lmkan_gen.layer import LMKAN2DLayer
-from lmkan_gen.ops import lmkan, own_dtype
+from lmkan_gen.ops import HALVES, lmkan, own_dtype
 
 _Pair = tuple[int, int]
 
@@ -97,7 +97,7 @@ class LMKANConv2d(nn.Module):
             x = x.to(self.layer.func_parameter.dtype)  # tables stay as they are, whatever came before
         self.layer.check_grid()
         wanted = x.dtype
-        if wanted in (torch.float16, torch.bfloat16) and self.layer.func_parameter.dtype == wanted:
+        if wanted in HALVES and self.layer.func_parameter.dtype == wanted:
             x = x.float()  # as the layer does
         apply: Callable[..., Tensor] = _Convolve.apply
         y = apply(x, self.layer.func_parameter, self.layer.borders, self._geometry(x))
