@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -178,6 +179,20 @@ def explain(
 def used() -> list[Used]:
     """What has run in this process, each shape and device once, oldest first."""
     return [record for prepared in _prepared.values() for record in prepared.records]
+
+
+@contextmanager
+def recording() -> Iterator[list[Used]]:
+    """Within the context kernels are chosen afresh; after it, the list holds what ran, as `used` tells it."""
+    seen: list[Used] = []
+    before = dict(_prepared)
+    _prepared.clear()
+    try:
+        yield seen
+    finally:
+        seen += used()
+        for key, found in before.items():
+            _prepared.setdefault(key, found)
 
 
 def clear_caches() -> None:

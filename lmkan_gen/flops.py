@@ -22,6 +22,10 @@ def register_formulas() -> None:
         ops.frozen_forward: _forward,
         ops.frozen_grad_input: _grad_input,
         ops.backward: _backward,
+        ops.convolve: _convolve,
+        ops.frozen_convolve: _convolve,
+        ops.frozen_convolve_grad_input: _convolve_grad_input,
+        ops.convolve_backward: _convolve_backward,
     }
     for op, formula in formulas.items():
         register_flop_formula(op)(formula)
@@ -50,3 +54,28 @@ def _backward(
     **__: Any,
 ) -> int:
     return (int(need_x) + int(need_table)) * _of_pass(x, table)
+
+
+def _of_convolution(y: _Shape, table: _Shape) -> int:
+    return 8 * y[0] * y[2] * y[3] * table[2] * table[3]
+
+
+def _convolve(x: _Shape, table: _Shape, *_: Any, out_shape: _Shape, **__: Any) -> int:
+    return _of_convolution(out_shape, table)
+
+
+def _convolve_grad_input(grad: _Shape, x: _Shape, table: _Shape, *_: Any, **__: Any) -> int:
+    return _of_convolution(grad, table)
+
+
+def _convolve_backward(
+    grad: _Shape,
+    x: _Shape,
+    table: _Shape,
+    borders: _Shape,
+    need_x: bool,
+    need_table: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return (int(need_x) + int(need_table)) * _of_convolution(grad, table)

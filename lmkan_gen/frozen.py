@@ -143,9 +143,7 @@ def _grad_input_fake(grad: Tensor, x: Tensor, values: Tensor, borders: Tensor) -
 class _Forward(Differentiable):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, scales: Tensor | None, borders: Tensor) -> Tensor:
-        if values.dtype == torch.int8:
-            raise RuntimeError(_INT8)
-        _refuse_gradient(ctx.needs_input_grad[1])
+        refuse_derivatives(values, ctx.needs_input_grad[1])
         ctx.save_for_backward(x, values, borders)
         ctx.save_for_forward(x, values, borders)
         y: Tensor = below_autograd(_forward_op, x, values, scales, borders)
@@ -173,18 +171,21 @@ class _GradInput(Differentiable):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(_ONCE)
+        raise NotImplementedError(ONCE)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(_ONCE)
+        raise NotImplementedError(ONCE)
 
 
-_ONCE = "a frozen lmKAN layer is differentiable once; call unfreeze() for second derivatives"
+ONCE = "a frozen lmKAN layer is differentiable once; call unfreeze() for second derivatives"
 
 
-def _refuse_gradient(needed: bool) -> None:
-    if needed:
+def refuse_derivatives(values: Tensor, of_values: bool) -> None:
+    """Raise RuntimeError where a differentiated call has an int8 table, or wants a gradient of its values."""
+    if values.dtype == torch.int8:
+        raise RuntimeError(_INT8)
+    if of_values:
         raise RuntimeError("a frozen table has no gradient; call unfreeze() to train the layer")
 
 

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lmkan_gen import dispatch
+from lmkan_gen.dispatch import Used
 from lmkan_gen.layer import LMKAN2DLayer
 from lmkan_gen.nn.layers import lmkan_layers
-from lmkan_gen.problem import LayerShape
+from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation
 from lmkan_gen.watching import watching
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def tune(
     In scripts call it under ``if __name__ == "__main__":``, since it starts a measuring process.
 
     Args:
-        model: holds `LMKAN2DLayer` modules, all on one device.
+        model: calls lmKAN layers, all on one device.
         sample_input: of the size that matters later: a tuple becomes positional arguments, a mapping
             keyword arguments, anything else the only argument.
         forward_only: leave gradients out, for inference.
@@ -53,20 +54,25 @@ def tune(
         The entries of this run.
 
     Raises:
-        ValueError: the model has no such layer, or calls none with a batch of at least 1, or has them on
-            several devices.
+        ValueError: the model makes no lmKAN call that kernels run, or makes them on several devices.
         lmkan_gen.tuner.run.TuningFailed: no kernel could be tuned.
     """
-    from lmkan_gen.problem import CALL_OPERATIONS, Operation
     from lmkan_gen.tuner import run
 
-    shapes = layer_calls(model, sample_input)
-    if not shapes:
-        raise ValueError("the model calls none of its lmKAN layers with this sample input")
+    calls = _calls(model, sample_input)
+    if not calls:
+        raise ValueError(
+            f"{type(model).__name__} makes no lmKAN call in float32 or half precision with this sample "
+            "input, so there is nothing to tune"
+        )
+    devices = {call.device for call in calls}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"the model's lmKAN layers are on {names}; move them to one device to tune them")
     operations = (Operation.FORWARD,) if forward_only else CALL_OPERATIONS
     return run.tune(
-        shapes,
-        device_of(model),
+        list(dict.fromkeys(call.shape for call in calls)),
+        devices.pop(),
         operations,
         trials=trials or run.QUICK_TRIALS,
         time_budget=time_budget,
@@ -89,19 +95,6 @@ def layers(model: nn.Module) -> list[LMKAN2DLayer]:
     return found
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's lmKAN layers are.
-
-    Raises:
-        ValueError: on several devices, or there are no such layers.
-    """
-    devices = {layer.borders.device for layer in layers(model)}
-    if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"the model's lmKAN layers are on {names}; move them to one device to tune them")
-    return devices.pop()
-
-
 def layer_shapes(model: nn.Module, batches: Iterable[int]) -> list[LayerShape]:
     """Distinct shapes of the model's layers, for each batch; for models whose layers all see one batch."""
     found = {
@@ -113,27 +106,21 @@ def layer_shapes(model: nn.Module, batches: Iterable[int]) -> list[LayerShape]:
 
 
 def layer_calls(model: nn.Module, sample_input: Any) -> list[LayerShape]:
-    """Distinct shapes with which the model calls its lmKAN layers, in the order of the calls.
+    """Distinct shapes with which the model calls lmKAN layers, in the order of the calls.
 
-    The model is left as it was. Calls with a batch of 0 do not count.
-
-    Raises:
-        ValueError: it has no such layer.
+    What counts is what runs: layers inside other modules, compiled ones and plain calls of `lmkan_gen.lmkan`
+    too. A convolution calls its layer once for each slab of patches. Calls with a batch of 0 and in float64
+    run no kernel and do not count. The model is left as it was.
     """
-    found: dict[LayerShape, None] = {}
+    return list(dict.fromkeys(call.shape for call in _calls(model, sample_input)))
 
-    def note(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        assert isinstance(layer, LMKAN2DLayer)
-        x = inputs[0] if inputs else named.get("x")
-        if isinstance(x, Tensor) and x.numel():  # of wrong shapes the layer itself refuses
-            batch = x.numel() // layer.input_dim
-            found[LayerShape(layer.input_dim, layer.output_dim, layer.num_grids, max(1, batch))] = None
 
-    with watching(model, dict.fromkeys(layers(model), note)):
+def _calls(model: nn.Module, sample_input: Any) -> list[Used]:
+    with watching(model, {}), dispatch.recording() as seen:
         if isinstance(sample_input, tuple):
             model(*sample_input)
         elif isinstance(sample_input, Mapping):
             model(**sample_input)
         else:
             model(sample_input)
-    return list(found)
+    return [call for call in seen if call.operation is Operation.FORWARD]

@@ -95,7 +95,13 @@ def one_by_one(op: Any) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
         calls = [
-            op(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
+            # the dimension of a list of numbers is a list
+            op(
+                *(
+                    a.select(d, i) if isinstance(d, int) else a
+                    for a, d in zip(arguments, in_dims, strict=True)
+                )
+            )
             for i in range(info.batch_size)
         ]
         if isinstance(calls[0], Tensor):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import lmkan_gen
 from lmkan_gen import LMKAN2DLayer, cli, dispatch, selection
-from lmkan_gen.model_tuning import device_of, layer_calls, layer_shapes
+from lmkan_gen.model_tuning import layer_calls, layer_shapes
+from lmkan_gen.nn import LMKANConv2d
 from lmkan_gen.problem import LayerShape, Operation
 from lmkan_gen.selection import Tier
 from lmkan_gen.tuning_file import load
@@ -101,13 +102,35 @@ def test_shapes_for_batches() -> None:
 
 
 def test_models_that_cannot_be_tuned() -> None:
-    with pytest.raises(ValueError, match="Linear has no LMKAN2DLayer"):
+    with pytest.raises(ValueError, match="Linear makes no lmKAN call"):
         lmkan_gen.tune(nn.Linear(2, 2), torch.randn(2, 2))
-    with pytest.raises(ValueError, match="calls none of its lmKAN layers"):
+    with pytest.raises(ValueError, match="Network makes no lmKAN call"):
         lmkan_gen.tune(Network(), torch.randn(6, 0))
-    spread = nn.Sequential(LMKAN2DLayer(4, 6, 8), LMKAN2DLayer(4, 8, 8).to("meta"))
-    with pytest.raises(ValueError, match="cpu, meta"):
-        device_of(spread)
+    with pytest.raises(ValueError, match="Network makes no lmKAN call in float32"):
+        lmkan_gen.tune(Network().double(), torch.randn(6, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="Linear has no LMKAN2DLayer"):
+        layer_shapes(nn.Linear(2, 2), [3])
+
+
+def test_layers_are_found_by_what_runs() -> None:
+    convolution = LMKANConv2d(2, 3, 3, 4)
+    assert layer_calls(convolution, torch.randn(4, 2, 5, 5)) == [LayerShape(18, 3, 4, 36)]
+    convolution.eval().layer.freeze(torch.float16)
+    assert layer_calls(convolution, torch.randn(4, 2, 5, 5)) == [LayerShape(18, 3, 4, 36)]
+    slabs = LMKANConv2d(2, 3, 3, 4, workspace_bytes=3 * 9 * 18 * 4)
+    assert layer_calls(slabs, torch.randn(4, 2, 5, 5)) == [LayerShape(18, 3, 4, 27), LayerShape(18, 3, 4, 9)]
+
+    class Function(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return lmkan_gen.lmkan(x, torch.randn(5, 5, 2, 3), lmkan_gen.knots(4))
+
+    assert layer_calls(Function(), torch.randn(6, 8)) == [LayerShape(6, 2, 4, 8)]
+    compiled = nn.Sequential(LMKAN2DLayer(4, 6, 8))
+    compiled.compile(backend="eager")
+    assert layer_calls(compiled, torch.randn(6, 12)) == [LayerShape(6, 8, 4, 12)]
+    before = dispatch.used()
+    assert layer_calls(compiled, torch.randn(6, 12)) == [LayerShape(6, 8, 4, 12)]
+    assert dispatch.used() == before
 
 
 def test_layers_run_what_was_tuned() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -215,17 +216,17 @@ def test_convolution_under_autocast() -> None:
 def test_convolution_copies_no_more_than_its_workspace(
     backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lmkan_gen.nn import conv
+    from lmkan_gen import convolution
 
     sizes: list[int] = []
-    make = conv._patches
+    make: Callable[..., Tensor] = convolution.patches
 
     def spy(*arguments: Any) -> Tensor:
         found = make(*arguments)
         sizes.append(found.numel() * found.element_size())
         return found
 
-    monkeypatch.setattr(conv, "_patches", spy)
+    monkeypatch.setattr(convolution, "patches", spy)
     limit = 40_000
     layer = LMKANConv2d(2, 3, 3, 4, padding=1, workspace_bytes=limit)
     x = torch.randn(5, 2, 16, 16, requires_grad=True)
