@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from lmkan_gen import device as devices
 from lmkan_gen import hessian_reference, packing, reference
 from lmkan_gen.families import Demand, family
 from lmkan_gen.forms import Forms
+from lmkan_gen.launch import cpu, cuda, native
 from lmkan_gen.packing import RoundedTable
 from lmkan_gen.plan import KernelSpec, LaunchPlan
 from lmkan_gen.problem import DEFAULT_WORKSPACE, LayerShape, Operation, Problem, TableDtype
@@ -85,6 +86,8 @@ class _Prepared:
     #: names of buffers that the runs read, and the element type of those that are made of the table
     reads: frozenset[str]
     table: TableDtype
+    #: what the runs launch; None: plain torch
+    parts: tuple[native.Part | None, ...]
 
 
 _prepared: dict[_Key, _Prepared] = {}
@@ -128,20 +131,50 @@ def execute(
         if "grad_table" in buffers:
             buffers["grad_table"].zero_()
         return
+    native.start(device, _for_native)
     deterministic = torch.are_deterministic_algorithms_enabled()
     strided = "x" in buffers and not buffers["x"].is_contiguous()
-    disabled, limit = kernels_disabled(), workspace_limit()
-    key = (operation, shape, device, demand, table, deterministic, constant, strided, disabled, limit)
+    found = _find(operation, shape, device, demand, table, deterministic, constant, strided)
+    buffers = packing.arranged(buffers, found.reads, found.table, rounded, forms)
+    for run in found.runs:
+        run(buffers)
+
+
+def _find(
+    operation: Operation,
+    shape: LayerShape,
+    device: torch.device,
+    demand: Demand,
+    table: TableDtype,
+    deterministic: bool,
+    constant: bool,
+    strided: bool,
+) -> _Prepared:
+    """What runs for a call; prepared where it is not known."""
+    flags = (deterministic, constant, strided)
+    key = (operation, shape, device, demand, table, *flags, kernels_disabled(), workspace_limit())
     found = _prepared.get(key)
     if found is None:
         if len(_prepared) >= _CAPACITY:
             _prepared.pop(next(iter(_prepared)))
-        found = _prepared[key] = _prepare(
-            operation, shape, device, demand, table, deterministic, constant, strided
-        )
-    buffers = packing.arranged(buffers, found.reads, found.table, rounded, forms)
-    for run in found.runs:
-        run(buffers)
+        found = _prepared[key] = _prepare(operation, shape, device, demand, table, *flags)
+    return found
+
+
+def _for_native(asked: native.Asked) -> Sequence[native.Part] | None:
+    """The plans of a call of the native launcher."""
+    tiled = asked.device.type == "cuda" and (asked.tile or asked.block or asked.fast)
+    found = _find(
+        asked.operation,
+        asked.shape,
+        asked.device,
+        Demand(asked.tile or None, asked.block or None, asked.fast) if tiled else Demand(),
+        asked.table,
+        asked.deterministic,
+        asked.constant,
+        asked.strided,
+    )
+    return None if None in found.parts else [part for part in found.parts if part is not None]
 
 
 def explain(
@@ -187,6 +220,7 @@ def recording() -> Iterator[list[Used]]:
     seen: list[Used] = []
     before = dict(_prepared)
     _prepared.clear()
+    native.forget()
     try:
         yield seen
     finally:
@@ -199,6 +233,7 @@ def clear_caches() -> None:
     """Forget prepared kernels, failures and warnings given, so that everything is decided afresh."""
     for cache in (_prepared, _failed, _warned):
         cache.clear()
+    native.forget()
 
 
 def workspace_limit() -> int:
@@ -240,6 +275,7 @@ def set_workspace_limit(mebibytes: int | None) -> None:
     global _workspace_limit
     if mebibytes is None:
         _workspace_limit = None
+        native.forget()
         return
     if isinstance(mebibytes, bool) or not isinstance(mebibytes, int):
         raise TypeError(f"mebibytes must be an integer or None, got {mebibytes!r}")
@@ -248,6 +284,7 @@ def set_workspace_limit(mebibytes: int | None) -> None:
             f"mebibytes is {mebibytes}, must be a positive number of MiB such as {DEFAULT_WORKSPACE >> 20}"
         )
     _workspace_limit = mebibytes << 20
+    native.forget()
 
 
 def kernels_disabled() -> bool:
@@ -265,24 +302,25 @@ def _prepare(
     constant: bool,
     strided: bool,
 ) -> _Prepared:
-    runs, records, plans = [], [], []
+    runs, records, parts = [], [], []
     for choice in explain(operation, shape, device, demand, table, deterministic, constant, strided):
-        run, plan, fallback = _prepare_choice(choice, shape, device)
+        run, part, fallback = _prepare_choice(choice, shape, device)
         runs.append(run)
-        plans.append(plan)
+        parts.append(part)
         records.append(Used(choice.problem.operation, shape, device, demand, choice, fallback))
     return _Prepared(
         tuple(runs),
         tuple(records),
         # the reference reads the table itself
-        frozenset().union(*({"table"} if plan is None else plan.buffers for plan in plans)),
+        frozenset().union(*({"table"} if part is None else part.plan.buffers for part in parts)),
         records[0].table,
+        tuple(parts),
     )
 
 
 def _prepare_choice(
     choice: Choice, shape: LayerShape, device: torch.device
-) -> tuple[Run, LaunchPlan | None, str | None]:
+) -> tuple[Run, native.Part | None, str | None]:
     """The callable for ``choice``, its plan, and why it is the reference, which has none, if it is."""
     operation = choice.problem.operation
     if choice.family is None:
@@ -294,13 +332,9 @@ def _prepare_choice(
     if spec not in _failed:
         try:
             plan = chosen.plan(problem, choice.parameters)
-            if spec.is_cuda:
-                from lmkan_gen.launch import cuda
-
-                return _contiguous(cuda.prepare(spec, plan, device), plan), plan, None
-            from lmkan_gen.launch import cpu
-
-            return _contiguous(cpu.prepare(spec, plan, device), plan), plan, None
+            prepare = cuda.prepare if spec.is_cuda else cpu.prepare
+            run = _contiguous(prepare(spec, plan, device), plan)
+            return run, native.Part(spec, plan, problem.table), None
         # RuntimeError: no compiler, source that does not compile, a driver that refuses the binary;
         # OSError: a store that cannot be written, a library that cannot be loaded;
         # ImportError: CUDA bindings that are not installed

@@ -15,8 +15,10 @@ Tensors of a compiled graph are never among the latter: the compiler may give th
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -43,13 +45,18 @@ class Forms:
             self._made, self._state = {}, state
         found = self._made.get(name)
         if found is None:
-            found = make()
+            found = _outside_pools(make, of)
             # what is made while a CUDA graph is captured has values only once that graph has run; a view of
             # the table costs nothing to make, and would keep the table alive
             views = any(_storage(t) == _storage(of) for t in found.values())
             if state is not None and not views and (self._in_graph or not _capturing(of)):
                 self._made[name] = found
         return found
+
+    def holds(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether all of these are kept, or are the scales: others go when their call is done."""
+        kept = {id(t) for made in self._made.values() for t in made.values()} | {id(self.scales)}
+        return all(id(t) in kept for t in tensors)
 
 
 _kept: dict[int, tuple[weakref.ref[Tensor], Forms]] = {}
@@ -74,6 +81,15 @@ def forms_of(table: Tensor) -> Forms | None:
     return known[1] if known is not None and known[0]() is table else None
 
 
+def kept_at(address: int) -> tuple[Tensor, Forms] | None:
+    """The table at an address in memory and its forms, if they are kept."""
+    for reference, forms in list(_kept.values()):
+        table = reference()
+        if table is not None and table.data_ptr() == address:
+            return table, forms
+    return None
+
+
 def _states(of: Tensor, scales: Tensor | None) -> tuple[tuple[int, int], ...] | None:
     """`_state` of all tensors that forms are made of; None: torch does not tell of one."""
     states = [_state(t) for t in (of, scales) if t is not None]
@@ -86,6 +102,24 @@ def _state(of: Tensor) -> tuple[int, int] | None:
     if of.is_inference() or type(of) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(of):
         return None
     return of._version, of.data_ptr()
+
+
+def _outside_pools(make: Callable[[], Made], of: Tensor) -> Made:
+    """What ``make`` makes, in ordinary memory.
+
+    Before compiled functions are captured in CUDA graphs (``mode="reduce-overhead"``) they run with a pool of
+    the graphs' for their thread, from which nothing may outlive the call.
+    """
+    if not of.is_cuda or "torch._inductor.cudagraph_trees" not in sys.modules or _capturing(of):
+        return make()
+    stream = torch.cuda.current_stream(of.device)
+
+    def work() -> Made:
+        with torch.cuda.device(of.device), torch.cuda.stream(stream):
+            return make()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
 
 
 def _storage(tensor: Tensor) -> int:

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from lmkan_gen import dispatch, packing, reference
 from lmkan_gen.families import Demand
 from lmkan_gen.forms import forms_of, keep_forms
-from lmkan_gen.operators import Differentiable, below_autograd, longer_batch, primals, register
+from lmkan_gen.operators import (
+    Differentiable,
+    below_autograd,
+    called,
+    longer_batch,
+    primals,
+    register,
+    runs_eagerly,
+)
 from lmkan_gen.ops import HALVES, autocasts, check_inputs
 from lmkan_gen.packing import RoundedTable
 from lmkan_gen.problem import LayerShape, Operation
@@ -37,12 +45,13 @@ _INT8 = (
 )
 
 
-def frozen_lmkan(x: Tensor, table: RoundedTable, borders: Tensor) -> Tensor:
+def frozen_lmkan(x: Tensor, values: Tensor, scales: Tensor | None, borders: Tensor) -> Tensor:
     """`lmkan_gen.lmkan` with a table that stays as it is.
 
     Args:
         x: ``[I, B]``, batch last, of any strides and any float dtype.
-        table: as `lmkan_gen.packing.round_table` gives it, on the device of ``x``.
+        values: the table, of one of the types in `FREEZABLE`, on the device of ``x``.
+        scales: those of an int8 table, as `lmkan_gen.packing.quantise` gives them; None for others.
         borders: ``[G+1]``, the knots; float64 if ``x`` is, else float32.
 
     Returns:
@@ -52,10 +61,17 @@ def frozen_lmkan(x: Tensor, table: RoundedTable, borders: Tensor) -> Tensor:
         ValueError: shapes or devices do not belong together.
         TypeError: ``x`` is no float, or ``borders`` has another dtype than described.
     """
+    if x.dtype is torch.float32 and runs_eagerly(x, values, borders):
+        if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
+            y: Tensor = _Forward.apply(x, values, scales, borders)  # type: ignore[attr-defined]
+            return y
+        with torch._C._AutoDispatchBelowAutograd():
+            computed: Tensor = called(_forward_op, x, values, scales, borders)
+        return computed
     wanted = torch.float32 if autocasts(x) else x.dtype
     if x.dtype in HALVES:
         x = x.float()
-    y: Tensor = _forward_op(x, table.values, table.scales, borders)
+    y = _forward_op(x, values, scales, borders)
     return y if y.dtype == wanted else y.to(wanted)
 
 
@@ -229,11 +245,19 @@ class FrozenTable(nn.Module):
         self._remember()
 
     @property
-    def table(self) -> RoundedTable:
-        """The table for `frozen_lmkan`."""
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """``values`` and ``scales``, for `frozen_lmkan`; their forms are kept from then on."""
+        buffers = self._buffers
+        values, scales = buffers["values"], buffers["scales"]
+        assert values is not None
         if not torch.compiler.is_compiling():
-            keep_forms(self.values, self.scales)
-        return RoundedTable(self.values, self.scales)
+            keep_forms(values, scales)
+        return values, scales
+
+    @property
+    def table(self) -> RoundedTable:
+        """The same in one."""
+        return RoundedTable(*self.tensors)
 
     def forget(self) -> None:
         """Make what kernels read anew at the next call, after a write that torch did not count."""

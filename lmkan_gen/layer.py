@@ -188,9 +188,15 @@ class LMKAN2DLayer(BatchLastModule):
     def batch_last(self, x: Tensor) -> Tensor:
         """``[input_dim, batch]`` -> ``[output_dim, batch]``."""
         self.check_grid()
-        if self.frozen is not None:
-            return frozen_lmkan(x, self.frozen.table, self.borders)
-        return lmkan(x, self.func_parameter, self.borders, *self._options)
+        # looked up where torch keeps them: a third of the time that attributes of modules take
+        borders = self._buffers["borders"]
+        assert borders is not None
+        if (frozen := self.frozen) is not None:
+            return frozen_lmkan(x, *frozen.tensors, borders)
+        table = self._parameters.get("func_parameter")
+        if table is None:  # it is parametrized
+            table = self.func_parameter
+        return lmkan(x, table, borders, *self._options)
 
     def freeze(self, table_dtype: torch.dtype, master: Literal["keep", "cpu", "drop"] = "keep") -> Self:
         """Declare the table constant and compute with it as ``table_dtype`` from now on.
@@ -304,11 +310,15 @@ class LMKAN2DLayer(BatchLastModule):
         Raises:
             ValueError: ``borders`` holds something else than the grid.
         """
-        borders = self.borders
-        if torch.compiler.is_compiling() or borders.is_inference() or not _has_values(borders):
+        if torch.compiler.is_compiling():
             return
-        now = borders._version
-        if self._vetted is not None and self._vetted[0] is borders and self._vetted[1] == now:
+        borders, vetted = self._buffers["borders"], self._vetted
+        assert borders is not None
+        if borders.is_inference():
+            return
+        if vetted is not None and vetted[0] is borders and vetted[1] == borders._version:
+            return
+        if not _has_values(borders):
             return
         if borders.is_cuda and torch.cuda.is_current_stream_capturing():
             return

@@ -68,6 +68,12 @@ class BatchLastModule(nn.Module):
             ValueError: wrong shape.
             TypeError: wrong dtype.
         """
+        if x.dim() == 2:  # usual, and cheaper by some microseconds
+            if not self.batch_first:
+                if x.shape[0] == self.input_dim:
+                    return self.batch_last(x)
+            elif x.shape[1] == self.input_dim:
+                return self.batch_last(x.t()).t()
         return apply_batch_last(self.batch_last, x, self.input_dim, self.batch_first)
 
     def batch_last(self, x: Tensor) -> Tensor:

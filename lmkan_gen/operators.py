@@ -17,6 +17,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from lmkan_gen.launch import native
+
 #: dimension that is mapped over, for each argument; None: the same for all
 Dims = tuple[int | None, ...]
 
@@ -36,6 +38,28 @@ def is_differentiated(arguments: Sequence[Any]) -> bool:
     )
 
 
+def runs_eagerly(x: Tensor, table: Tensor, borders: Tensor) -> bool:
+    """Whether nothing but autograd wants to see an operator that is called on these now.
+
+    Neither a compiler nor a transform, forward mode, autocast, nor a mode or subclass of tensors; then the
+    way through the dispatcher and its Python kernels can be left out.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and type(table) in _ORDINARY
+        and type(borders) is Tensor
+        and not borders.requires_grad
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch._C._is_any_autocast_enabled()
+    )
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
 @contextmanager
 def primals(saved: Sequence[Tensor | None]) -> Iterator[list[Tensor | None]]:
     """Within the context of a ``jvp``: what was saved, without the tangents of the level that is worked on.
@@ -52,7 +76,18 @@ def below_autograd(op: Any, *arguments: Any) -> Any:
     An autograd function turns differentiation off inside; transforms further out still want it.
     """
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+        return called(op, *arguments)
+
+
+def called(op: Any, *arguments: Any) -> Any:
+    """What ``op`` returns; an exception that the native launcher passed on has its own type again."""
+    try:
         return op(*arguments)
+    except RuntimeError as error:
+        raised = native.cause(error)
+        if raised is error:
+            raise
+    raise raised
 
 
 def register(
@@ -78,13 +113,14 @@ def register(
     def autograd(*arguments: Any) -> Any:
         if not is_differentiated(arguments):
             with torch._C._AutoDispatchBelowAutograd():
-                return op(*arguments)
+                return called(op, *arguments)
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 return function.apply(*arguments)  # type: ignore[attr-defined]
         return function.apply(*arguments)  # type: ignore[attr-defined]
 
     library.impl(name, real, "CompositeExplicitAutograd")
+    native.implement(name, real)
     library.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"lmkan_gen::{name}", fake, lib=library)
     torch.library.register_vmap(f"lmkan_gen::{name}", batched, lib=library)

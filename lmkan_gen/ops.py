@@ -1,7 +1,7 @@
 """The layer as operators ``torch.ops.lmkan_gen.forward``, ``backward``, ``tangent``, ``double_backward``.
 
 Float32 goes to the kernels, float64 to the torch reference (for checking gradients numerically), whatever
-``table_dtype`` says.
+``table_dtype`` says; an empty one stands for the type of the table.
 All have fake implementations, so that ``torch.compile`` and ``torch.export`` see through them.
 
 Inputs and tables in half precision are for `lmkan`, which computes in float32 with the narrow table.
@@ -18,7 +18,15 @@ from torch import Tensor
 from lmkan_gen import dispatch, reference
 from lmkan_gen.families import Demand
 from lmkan_gen.forms import forms_of, keep_forms
-from lmkan_gen.operators import Differentiable, below_autograd, longer_batch, primals, register
+from lmkan_gen.operators import (
+    Differentiable,
+    below_autograd,
+    called,
+    longer_batch,
+    primals,
+    register,
+    runs_eagerly,
+)
 from lmkan_gen.packing import round_table
 from lmkan_gen.problem import LayerShape, Operation, TableDtype
 
@@ -27,12 +35,12 @@ HALVES = (torch.float16, torch.bfloat16)
 
 _LIBRARY = torch.library.Library("lmkan_gen", "DEF")
 _LIBRARY.define(
-    "forward(Tensor x, Tensor table, Tensor borders, int tile_forward, int block_forward, "
-    "int tile_backward, int block_backward, bool fast, str table_dtype) -> Tensor"
+    "forward(Tensor x, Tensor table, Tensor borders, int tile_forward=0, int block_forward=0, "
+    "int tile_backward=0, int block_backward=0, bool fast=False, str table_dtype='') -> Tensor"
 )
 _LIBRARY.define(
     "backward(Tensor grad, Tensor x, Tensor table, Tensor borders, bool need_x, bool need_table, "
-    "int tile, int block, bool fast, str table_dtype, Tensor? rounded=None) -> (Tensor, Tensor)"
+    "int tile=0, int block=0, bool fast=False, str table_dtype='', Tensor? rounded=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.define("tangent(Tensor v_x, Tensor x, Tensor table, Tensor borders) -> Tensor")
 _LIBRARY.define(
@@ -89,24 +97,27 @@ def lmkan(
             device, or a tile or block size does not fit the device.
         TypeError: the dtypes differ or are neither float32 nor float64.
     """
+    options = (tile_forward, block_forward, tile_backward, block_backward, fast)
+    if table_dtype is None and x.dtype is torch.float32 and runs_eagerly(x, table, borders):
+        return run_eagerly(x, table, borders, *options) if any(options) else run_eagerly(x, table, borders)
     wanted = x.dtype
     if table_dtype is None and autocasts(x):
         table_dtype, x = _name(torch.get_autocast_dtype(x.device.type)), x.float()
         wanted = torch.float32
     elif wanted in HALVES and table.dtype == wanted:
         x = x.float()
-    y: Tensor = _forward_op(
-        x,
-        table,
-        borders,
-        tile_forward,
-        block_forward,
-        tile_backward,
-        block_backward,
-        fast,
-        table_dtype or own_dtype(table),
-    )
+    y: Tensor = _forward_op(x, table, borders, *options, table_dtype or own_dtype(table))
     return y if y.dtype == wanted else y.to(wanted)
+
+
+def run_eagerly(x: Tensor, table: Tensor, borders: Tensor, *options: Any) -> Tensor:
+    """The operator without the dispatcher's way to it, where `runs_eagerly`; ``x`` is float32."""
+    if torch.is_grad_enabled() and (x.requires_grad or table.requires_grad):
+        y: Tensor = _Eager.apply(x, table, borders, *options)  # type: ignore[attr-defined]
+        return y
+    with torch._C._AutoDispatchBelowAutograd():
+        computed: Tensor = called(_forward_op, x, table, borders, *options)
+    return computed
 
 
 def autocasts(x: Tensor) -> bool:
@@ -183,12 +194,12 @@ def _forward(
     x: Tensor,
     table: Tensor,
     borders: Tensor,
-    tile_forward: int,
-    block_forward: int,
-    tile_backward: int,
-    block_backward: int,
-    fast: bool,
-    table_dtype: str,
+    tile_forward: int = 0,
+    block_forward: int = 0,
+    tile_backward: int = 0,
+    block_backward: int = 0,
+    fast: bool = False,
+    table_dtype: str = "",
 ) -> Tensor:
     _check(x, table, borders)
     shape, device = _shape(x, table), x.device
@@ -213,7 +224,7 @@ def _execute(
     table_dtype: str,
 ) -> None:
     """Run kernels on a float32 or narrow table; ``source`` is ``table`` without gaps."""
-    dtype, device = TableDtype(table_dtype), buffers["x"].device
+    dtype, device = TableDtype(table_dtype or own_dtype(table)), buffers["x"].device
     if dtype is TableDtype.FLOAT32 and source.dtype == torch.float32:
         dispatch.execute(operation, shape, device, demand, {**buffers, "table": source})
         return
@@ -233,10 +244,10 @@ def _backward(
     borders: Tensor,
     need_x: bool,
     need_table: bool,
-    tile: int,
-    block: int,
-    fast: bool,
-    table_dtype: str,
+    tile: int = 0,
+    block: int = 0,
+    fast: bool = False,
+    table_dtype: str = "",
     rounded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check(x, table, borders, grad)
@@ -331,7 +342,8 @@ class _Forward(Differentiable):
     @staticmethod
     def forward(ctx: Any, x: Tensor, table: Tensor, borders: Tensor, *options: Any) -> Tensor:
         _refuse_grid_gradient(ctx.needs_input_grad[2])
-        dtype = TableDtype(options[-1])
+        options += (0, 0, 0, 0, False, "")[len(options) :]  # what is left out has its default
+        dtype = TableDtype(options[5] or own_dtype(table))
         if dtype is TableDtype.INT8:
             raise RuntimeError(
                 "int8 tables are for inference and have no derivatives: use torch.no_grad() or another "
@@ -351,13 +363,14 @@ class _Forward(Differentiable):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * (len(ctx.needs_input_grad) - 2)
         if grad is None:
-            return (None,) * 9
+            return None, None, *nothing
         x, table, borders, rounded = ctx.saved_tensors
         need_x, need_table = ctx.needs_input_grad[:2]
         options = (*ctx.options, rounded)
         grad_x, grad_table = _backward_op(grad, x, table, borders, need_x, need_table, *options)
-        return (grad_x if need_x else None, grad_table if need_table else None, *(None,) * 7)
+        return grad_x if need_x else None, grad_table if need_table else None, *nothing
 
     @staticmethod
     def jvp(ctx: Any, v_x: Tensor | None, v_table: Tensor | None, *_: Any) -> Tensor:
@@ -372,6 +385,33 @@ class _Forward(Differentiable):
             return of_table if along is None else along + of_table
 
 
+class _Eager(Differentiable):
+    """`_Forward` where the table has the type that is computed in, and no transform looks on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, borders: Tensor, *options: Any) -> Tensor:
+        ctx.save_for_backward(x, table, borders)
+        ctx.set_materialize_grads(False)
+        ctx.options = options[2:]
+        with torch._C._AutoDispatchBelowAutograd():
+            y: Tensor = called(_forward_op, x, table, borders, *options)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        nothing = (None,) * (len(needs) - 2)
+        if grad is None:
+            return None, None, *nothing
+        arguments = (grad, *ctx.saved_tensors, needs[0], needs[1], *ctx.options)
+        if torch.is_grad_enabled():  # to be differentiated again
+            grad_x, grad_table = _backward_op(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                grad_x, grad_table = called(_backward_op, *arguments)
+        return grad_x if needs[0] else None, grad_table if needs[1] else None, *nothing
+
+
 class _Backward(Differentiable):
     @staticmethod
     def forward(
@@ -379,8 +419,8 @@ class _Backward(Differentiable):
     ) -> tuple[Tensor, Tensor]:
         _refuse_grid_gradient(ctx.needs_input_grad[3])
         ctx.set_materialize_grads(False)
-        rounded = options[6] if len(options) > 6 else None  # left out where it is None
-        ctx.inputs = 4 + len(options)
+        options += (0, 0, False, "", None)[len(options) - 2 :]  # what is left out has its default
+        rounded = options[6]
         ctx.save_for_backward(grad, x, table if rounded is None else rounded, borders)
         ctx.save_for_forward(grad, x, table if rounded is None else rounded, borders)
         ctx.needed = options[:2]
@@ -397,7 +437,7 @@ class _Backward(Differentiable):
         needs = ctx.needs_input_grad[:3]
         found = _double_backward_op(v_x, v_table, *ctx.saved_tensors, *needs)
         wanted = (t if needed else None for t, needed in zip(found, needs, strict=True))
-        return (*wanted, *(None,) * (ctx.inputs - 3))
+        return (*wanted, *(None,) * (len(ctx.needs_input_grad) - 3))
 
     @staticmethod
     def jvp(

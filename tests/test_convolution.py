@@ -26,8 +26,9 @@ def formula(x: Tensor, table: Tensor, borders: Tensor) -> Tensor:
     kernel, stride, padding, dilation, _ = SIZES
     columns = unfold(x, kernel, dilation, padding, stride)  # [N, I, rows * columns]
     rows = (x.shape[2] + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
-    y: Tensor = reference.evaluate(columns.transpose(0, 1).flatten(1), table, borders)
-    return y.unflatten(1, (len(x), rows, -1)).transpose(0, 1)
+    flat: Tensor = reference.evaluate(columns.transpose(0, 1).flatten(1), table, borders)
+    by_image: Tensor = flat.unflatten(1, (len(x), rows, -1)).transpose(0, 1)
+    return by_image
 
 
 def convolve(x: Tensor, table: Tensor, borders: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -10,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmkan_gen import device, dispatch, knots, launch, reference, set_workspace_limit
+from lmkan_gen import device, dispatch, knots, reference, set_workspace_limit
 from lmkan_gen.families import Demand
+from lmkan_gen.launch import native
 from lmkan_gen.plan import KernelSpec, Launch, LaunchPlan, Stride, strides
 from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem
 from lmkan_gen.selection import Choice, Tier
@@ -60,8 +60,8 @@ class FakeLauncher(ModuleType):
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLauncher]:
     fake = FakeLauncher()
     FakeLauncher.planned.clear()
-    monkeypatch.setitem(sys.modules, "lmkan_gen.launch.cpu", fake)
-    monkeypatch.setattr(launch, "cpu", fake, raising=False)
+    monkeypatch.setattr(dispatch, "cpu", fake)
+    monkeypatch.setenv(native.VARIABLE, "python")
     monkeypatch.setattr(dispatch, "family", lambda name: FakeFamily())
     monkeypatch.delenv(dispatch.DISABLE_VARIABLE, raising=False)
 

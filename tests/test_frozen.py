@@ -220,7 +220,7 @@ def test_refusals() -> None:
 def test_tensors_that_do_not_belong_together_are_refused() -> None:
     t = packing.round_table(torch.randn(5, 5, 3, 4), TableDtype.INT8)
     borders, x = knots(4), torch.randn(8, 6)
-    frozen_lmkan(x, t, borders)
+    frozen_lmkan(x, t.values, t.scales, borders)
     wrong = {
         "scales of shape": RoundedTable(t.values, torch.ones(2, 3)),
         r"scales of shape \[1, 3\]": RoundedTable(t.values),
@@ -230,17 +230,17 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
     }
     for message, table in wrong.items():
         with pytest.raises(ValueError, match=message):
-            frozen_lmkan(x, table, borders)
+            frozen_lmkan(x, table.values, table.scales, borders)
     with pytest.raises(TypeError, match="frozen tables are one of"):
-        frozen_lmkan(x, RoundedTable(t.values.double()), borders)
+        frozen_lmkan(x, t.values.double(), None, borders)
     with pytest.raises(ValueError, match="x must be"):
-        frozen_lmkan(x[:6], t, borders)
+        frozen_lmkan(x[:6], t.values, t.scales, borders)
     with pytest.raises(ValueError, match="values must be"):
-        frozen_lmkan(x, t, knots(5))
+        frozen_lmkan(x, t.values, t.scales, knots(5))
     with pytest.raises(TypeError, match="they must agree"):
-        frozen_lmkan(x.double(), t, borders)
+        frozen_lmkan(x.double(), t.values, t.scales, borders)
     with pytest.raises(TypeError, match="float inputs"):
-        frozen_lmkan(x.long(), t, borders)
+        frozen_lmkan(x.long(), t.values, t.scales, borders)
 
 
 @pytest.mark.gpu

@@ -270,9 +270,10 @@ def launched(monkeypatch: pytest.MonkeyPatch, arch: str, driver: Driver, times: 
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=9)
     )
-    steps = list(cuda._steps(KernelSpec.make("none.cu.j2", arch, {}), PLAN, Path("none"), 0))
+    starts = cuda._steps(KernelSpec.make("none.cu.j2", arch, {}), PLAN, Path("none"), 0)
+    steps = [cuda._memset(s.buffer) if isinstance(s, Fill) else cuda._bind(s) for s in starts]
     known: dict[Any, int] = {"x": 1, "y": 2, "w": 3, Stride("x", 0): 4}
-    known |= {cuda._Size("y"): 20, cuda._Size("w"): 40}
+    known |= {cuda.Size("y"): 20, cuda.Size("w"): 40}
     for _ in range(times):
         driver.calls.clear()
         for step in steps:
@@ -330,7 +331,7 @@ def test_tensor_maps_are_encoded_when_their_buffer_moves(monkeypatch: pytest.Mon
     monkeypatch.setattr(cuda, "_function", lambda path, index, kernel: kernel)
     monkeypatch.setattr(cuda, "_encode", encode)
     tensor_map = TensorMap("table", (8, 4), (4, 4))
-    step = cuda._bind(Launch("k", ("x", tensor_map)), ("x", tensor_map), Path("none"), 0, False)
+    step = cuda._bind(cuda.Start("k", Launch("k", ()), ("x", tensor_map), False))
     for address in (16, 16, 32, 32, 16):
         step({"x": 1, "table": address}, 7)
     assert encoded == [16, 32, 16]

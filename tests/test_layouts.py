@@ -267,11 +267,11 @@ def test_packed_tables(device: str, dtype: TableDtype, batch: int) -> None:
     expected = reference.evaluate(x.double(), rounded.to(torch.double), borders.double())
     for layout in layouts.LAYOUTS:
         a = layouts.laid_out(x, layout).detach()
-        y = frozen_lmkan(a, rounded, borders)
+        y = frozen_lmkan(a, rounded.values, rounded.scales, borders)
         assert (y - expected).norm() <= 8e-3 * expected.norm()
         if dtype is not INT8:
             a.requires_grad_()
-            found = torch.autograd.grad(frozen_lmkan(a, rounded, borders).sum(), a)[0]
+            found = torch.autograd.grad(frozen_lmkan(a, rounded.values, rounded.scales, borders).sum(), a)[0]
             exact = x.double().requires_grad_()
             y = reference.evaluate(exact, rounded.to(torch.double), borders.double())
             wanted = torch.autograd.grad(y.sum(), exact)[0]

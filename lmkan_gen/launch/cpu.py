@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -45,6 +46,29 @@ class Kernels:
         function.argtypes = [*kinds, ctypes.c_int64]
         function.restype = ctypes.c_int
         return function
+
+    def address(self, launch: Launch) -> int:
+        """Where the function that ``launch`` calls is; it stays there, since libraries are never unloaded."""
+        return ctypes.cast(self._library[launch.kernel], ctypes.c_void_p).value or 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """A function of a shared object, by its address, and what it is called with."""
+
+    function: int
+    launch: Launch
+    arguments: tuple[Argument, ...]
+
+
+def starts(spec: KernelSpec, plan: LaunchPlan) -> list[Start | Fill]:
+    """What `prepare` would run, for launchers of another kind. Shared objects stay loaded.
+
+    Raises:
+        ToolchainError: the kernel cannot be compiled or loaded here.
+    """
+    kernels = Kernels(toolchain.binary(spec))
+    return [s if isinstance(s, Fill) else Start(kernels.address(s), s, s.arguments) for s in plan.steps]
 
 
 def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Callable[[Buffers], None]:

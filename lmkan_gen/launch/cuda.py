@@ -18,18 +18,35 @@ from typing import Any
 import torch
 
 from lmkan_gen import toolchain
-from lmkan_gen.plan import Argument, KernelSpec, Launch, LaunchPlan, Stride, TensorMap
+from lmkan_gen.plan import Argument, Fill, KernelSpec, Launch, LaunchPlan, Stride, TensorMap
 
 
 @dataclass(frozen=True)
-class _Size:
+class Size:
     """Bytes of a buffer, known at the call."""
 
     buffer: str
 
 
+@dataclass(frozen=True)
+class Start:
+    """A kernel of the device, and what it is started with.
+
+    Attributes:
+        function: the driver's handle.
+        launch: grid, block, shared memory, and the kernel's name.
+        arguments: in the kernel's order.
+        closely: whether it may start before its turn.
+    """
+
+    function: Any
+    launch: Launch
+    arguments: tuple[Argument | Size, ...]
+    closely: bool
+
+
 Runner = Callable[[Mapping[str, torch.Tensor]], None]
-_Values = Mapping[str | Stride | _Size, int]
+_Values = Mapping[str | Stride | Size, int]
 _Step = Callable[[_Values, int], None]
 
 _ZERO, _ZERO_THREADS = "lmkan_zero", 256  # of templates/lmkan.cuh.j2
@@ -52,7 +69,10 @@ def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Runner:
     index = device.index if device.index is not None else torch.cuda.current_device()
     target = torch.device("cuda", index)
     with torch.cuda.device(index):
-        steps = list(_steps(spec, plan, binary.path, index))
+        steps = [
+            _memset(s.buffer) if isinstance(s, Fill) else _bind(s)
+            for s in _steps(spec, plan, binary.path, index)
+        ]
     strides = plan.strides
     mapped = {tensor_map.buffer for tensor_map in plan.tensor_maps}
     lock = Lock()
@@ -63,11 +83,11 @@ def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Runner:
             scratch = {w.name: torch.UntypedStorage(w.bytes, device=target) for w in plan.workspaces}
             odd = {n: buffers[n].clone() for n in mapped if buffers[n].data_ptr() % _TENSOR_ALIGNMENT}
             buffers = {**buffers, **odd} if odd else buffers
-            values: dict[str | Stride | _Size, int] = {name: t.data_ptr() for name, t in buffers.items()}
+            values: dict[str | Stride | Size, int] = {name: t.data_ptr() for name, t in buffers.items()}
             values.update((name, storage.data_ptr()) for name, storage in scratch.items())
             values.update((s, buffers[s.buffer].stride(s.axis)) for s in strides)
-            values.update((_Size(name), tensor.nbytes) for name, tensor in buffers.items())
-            values.update((_Size(w.name), w.bytes) for w in plan.workspaces)
+            values.update((Size(name), tensor.nbytes) for name, tensor in buffers.items())
+            values.update((Size(w.name), w.bytes) for w in plan.workspaces)
             stream = torch.cuda.current_stream(index).cuda_stream
             with lock:  # argument memory is shared between calls
                 for step in steps:
@@ -81,8 +101,20 @@ def _follows_closely(spec: KernelSpec) -> bool:
     return int(spec.arch.removeprefix("sm_")) >= _CLOSELY
 
 
-def _steps(spec: KernelSpec, plan: LaunchPlan, path: Path, index: int) -> Iterator[_Step]:
-    """The plan's steps, ready to run.
+def starts(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> list[Start | Fill]:
+    """What `prepare` would run, for launchers of another kind.
+
+    Raises:
+        lmkan_gen.toolchain.ToolchainError: the kernel cannot be compiled here.
+        RuntimeError: the driver refuses the binary.
+    """
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    with torch.cuda.device(index):
+        return list(_steps(spec, plan, toolchain.binary(spec).path, index))
+
+
+def _steps(spec: KernelSpec, plan: LaunchPlan, path: Path, index: int) -> Iterator[Start | Fill]:
+    """The plan's steps as the device knows them.
 
     All kernels but the first may start before the one ahead has ended. The first follows kernels that know
     nothing of it. What zeroes does not wait, so it keeps its turn where the buffer has been touched before.
@@ -91,16 +123,16 @@ def _steps(spec: KernelSpec, plan: LaunchPlan, path: Path, index: int) -> Iterat
     touched: set[Argument] = set()
     for k, step in enumerate(plan.steps):
         if isinstance(step, Launch):
-            yield _bind(step, step.arguments, path, index, closely and k > 0)
+            yield _start(step, step.arguments, path, index, closely and k > 0)
             touched.update(step.arguments)
             continue
         if closely:
             blocks = 2 * torch.cuda.get_device_properties(index).multi_processor_count
             zero = Launch(_ZERO, (), (blocks, 1, 1), _ZERO_THREADS)
-            arguments = (step.buffer, _Size(step.buffer))
-            yield _bind(zero, arguments, path, index, k > 0 and step.buffer not in touched)
+            arguments = (step.buffer, Size(step.buffer))
+            yield _start(zero, arguments, path, index, k > 0 and step.buffer not in touched)
         else:
-            yield _memset(step.buffer)
+            yield step
         touched.add(step.buffer)
 
 
@@ -136,39 +168,50 @@ def _function(path: Path, index: int, kernel: str) -> Any:
 
 def _memset(buffer: str) -> _Step:
     def zero(known: _Values, stream: int) -> None:
-        _check(_driver().cuMemsetD8Async(known[buffer], 0, known[_Size(buffer)], stream), f"zeroing {buffer}")
+        _check(_driver().cuMemsetD8Async(known[buffer], 0, known[Size(buffer)], stream), f"zeroing {buffer}")
 
     return zero
 
 
-def _bind(
-    step: Launch, arguments: tuple[Argument | _Size, ...], path: Path, index: int, closely: bool
-) -> _Step:
-    """``step`` with ``arguments`` as a call of the driver; ``closely``: it may start before its turn."""
-    driver = _driver()
+def _start(
+    step: Launch, arguments: tuple[Argument | Size, ...], path: Path, index: int, closely: bool
+) -> Start:
     function = _function(path, index, step.kernel)
     if step.shared_memory:
-        attribute = driver.CUfunction_attribute
-        for key, value in (
-            (attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, step.shared_memory),
-            (attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
-        ):
-            _check(
-                driver.cuFuncSetAttribute(function, key, value),
-                f"giving {step.kernel} {step.shared_memory} bytes of shared memory",
-            )
+        _allow(function, step)
+    return Start(function, step, arguments, closely)
+
+
+def _allow(function: Any, step: Launch) -> None:
+    """Let a kernel have the dynamic shared memory that it is started with."""
+    driver = _driver()
+    attribute = driver.CUfunction_attribute
+    for key, value in (
+        (attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, step.shared_memory),
+        (attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+    ):
+        _check(
+            driver.cuFuncSetAttribute(function, key, value),
+            f"giving {step.kernel} {step.shared_memory} bytes of shared memory",
+        )
+
+
+def _bind(start: Start) -> _Step:
+    """A start as a call of the driver."""
+    driver = _driver()
+    step, arguments, function = start.launch, start.arguments, start.function
     # every argument is 8 bytes, an address or a signed integer, or a tensor map
     values = (ctypes.c_int64 * len(arguments))(*(a if isinstance(a, int) else 0 for a in arguments))
     base = ctypes.addressof(values)
     pointers = (ctypes.c_void_p * len(values))(*(base + 8 * k for k in range(len(values))))
     parameters = ctypes.addressof(pointers)
-    variable = [(k, a) for k, a in enumerate(arguments) if isinstance(a, str | Stride | _Size)]
+    variable = [(k, a) for k, a in enumerate(arguments) if isinstance(a, str | Stride | Size)]
     mapped = [(k, a) for k, a in enumerate(arguments) if isinstance(a, TensorMap)]
     encoded: dict[int, tuple[int, Any]] = {}  # by argument: address and map
     doing = (
         f"launching {step.kernel} (grid {step.grid}, block {step.block}, shared memory {step.shared_memory})"
     )
-    config = _close_launch(step) if closely else None
+    config = _close_launch(step) if start.closely else None
 
     def launch(known: _Values, stream: int, _keep: Any = pointers) -> None:
         nonlocal config

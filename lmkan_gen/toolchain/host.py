@@ -9,6 +9,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from lmkan_gen.toolchain.compiler import Compiler, ask
 from lmkan_gen.toolchain.errors import CompilerMissing
 
@@ -26,11 +28,15 @@ _ARCHITECTURE_FLAGS = {"generic": (), "x86-64-v3": _V3, "x86-64-v4": _V4}
 
 #: no -ffast-math: NaN and infinities must come out as the formulas say
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast")
+#: what stands for an architecture in libraries that serve torch: any that the compiler builds for by itself
+TORCH = "torch"
+#: of the stable ABI, which has all that is used from this release on
+_TORCH_FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 _OPENMP_PROBE = '#include <omp.h>\nextern "C" int probe() { return omp_get_max_threads(); }\n'
 
 
 def find(arch: str) -> Compiler:
-    """The C++ compiler for ``arch`` (``generic``, ``x86-64-v3``, ``x86-64-v4``).
+    """The C++ compiler for ``arch``: ``generic``, ``x86-64-v3``, ``x86-64-v4``, or `TORCH` with its headers.
 
     Looked for in ``$CXX``, then ``c++``, ``g++``, ``clang++`` on the PATH. OpenMP is used when a
     trial compilation with it succeeds.
@@ -39,12 +45,22 @@ def find(arch: str) -> Compiler:
         CompilerMissing: there is none, or ``$CXX`` does not run.
         ValueError: unknown ``arch``.
     """
+    if arch == TORCH:
+        executable, identity = command()
+        return Compiler(identity, _TORCH_FLAGS, (*executable, *_torch_paths()), "launcher.cpp", "launcher.so")
     if arch not in _ARCHITECTURE_FLAGS:
         raise ValueError(f"unknown CPU architecture {arch!r}; known: {', '.join(_ARCHITECTURE_FLAGS)}")
     executable, identity = command()
     openmp = ("-fopenmp",) if _has_openmp(executable) else ()
     flags = (*_FLAGS, *openmp, *_ARCHITECTURE_FLAGS[arch])
     return Compiler(identity, flags, executable, "kernel.cpp", "kernel.so")
+
+
+def _torch_paths() -> tuple[str, ...]:
+    """Where torch's headers and libraries are, and which of them to ask for."""
+    root = Path(torch.__file__).parent
+    libraries = ("-Wl,--no-as-needed", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10")
+    return (f"-I{root / 'include'}", *libraries)
 
 
 def command() -> tuple[tuple[str, ...], str]:
