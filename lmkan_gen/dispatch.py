@@ -22,7 +22,7 @@ from lmkan_gen import device as devices
 from lmkan_gen import hessian_reference, packing, reference
 from lmkan_gen.families import Demand, family
 from lmkan_gen.forms import Forms
-from lmkan_gen.launch import cpu, cuda, native
+from lmkan_gen.launch import native
 from lmkan_gen.packing import RoundedTable
 from lmkan_gen.plan import KernelSpec, LaunchPlan
 from lmkan_gen.problem import DEFAULT_WORKSPACE, LayerShape, Operation, Problem, TableDtype
@@ -131,13 +131,14 @@ def execute(
         if "grad_table" in buffers:
             buffers["grad_table"].zero_()
         return
-    native.start(device, _for_native)
     deterministic = torch.are_deterministic_algorithms_enabled()
     strided = "x" in buffers and not buffers["x"].is_contiguous()
     found = _find(operation, shape, device, demand, table, deterministic, constant, strided)
     buffers = packing.arranged(buffers, found.reads, found.table, rounded, forms)
     for run in found.runs:
         run(buffers)
+    if None not in found.parts:
+        native.start(device, _for_native)
 
 
 def _find(
@@ -332,7 +333,10 @@ def _prepare_choice(
     if spec not in _failed:
         try:
             plan = chosen.plan(problem, choice.parameters)
-            prepare = cuda.prepare if spec.is_cuda else cpu.prepare
+            if spec.is_cuda:
+                from lmkan_gen.launch.cuda import prepare
+            else:
+                from lmkan_gen.launch.cpu import prepare
             run = _contiguous(prepare(spec, plan, device), plan)
             return run, native.Part(spec, plan, problem.table), None
         # RuntimeError: no compiler, source that does not compile, a driver that refuses the binary;

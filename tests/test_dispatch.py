@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmkan_gen import device, dispatch, knots, reference, set_workspace_limit
+from lmkan_gen import device, dispatch, knots, launch, reference, set_workspace_limit
 from lmkan_gen.families import Demand
 from lmkan_gen.launch import native
 from lmkan_gen.plan import KernelSpec, Launch, LaunchPlan, Stride, strides
@@ -60,7 +61,8 @@ class FakeLauncher(ModuleType):
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLauncher]:
     fake = FakeLauncher()
     FakeLauncher.planned.clear()
-    monkeypatch.setattr(dispatch, "cpu", fake)
+    monkeypatch.setitem(sys.modules, "lmkan_gen.launch.cpu", fake)
+    monkeypatch.setattr(launch, "cpu", fake, raising=False)
     monkeypatch.setenv(native.VARIABLE, "python")
     monkeypatch.setattr(dispatch, "family", lambda name: FakeFamily())
     monkeypatch.delenv(dispatch.DISABLE_VARIABLE, raising=False)

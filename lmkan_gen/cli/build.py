@@ -74,12 +74,18 @@ def build_command(
         typer.echo("nothing was packed" if bundle else "the others did not compile", err=True)
         raise typer.Exit(1)
     if bundle is not None:
+        from lmkan_gen.launch.service import SPEC as LAUNCHER
         from lmkan_gen.selection import sources
         from lmkan_gen.toolchain import bundle as bundles
 
         own = [s.path for s in sources() if s.origin != "packaged"]
+        (launcher,) = toolchain.build([LAUNCHER])
+        if isinstance(launcher, toolchain.ToolchainError):
+            typer.echo(f"the native launcher is left out, calls will cost more: {launcher}", err=True)
+        else:
+            binaries.append(launcher)
         count = bundles.write(bundle, binaries, own)
-        typer.echo(f"{bundle}: {count} kernels; load it elsewhere with: lmkan-gen cache load {bundle.name}")
+        typer.echo(f"{bundle}: {count} binaries; load it elsewhere with: lmkan-gen cache load {bundle.name}")
 
 
 def _read(path: Path) -> list[LayerShape]:

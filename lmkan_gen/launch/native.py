@@ -1,7 +1,7 @@
 """Launching without Python: a library that registers the operators on torch's stable ABI.
 
 The library (``templates/launcher.cpp.j2``) is compiled on demand, as kernels are. Once it is there, operators
-on CPUs and GPUs go to it; it asks Python for what it does not know, through the functions of `_Service`:
+on CPUs and GPUs go to it. What it does not know it asks of `lmkan_gen.launch.service.Service`:
 
 - a call that has not been prepared: kernels are chosen and loaded, and the plan is handed over as numbers;
 - a form of a table that stays as it is: made, and kept for as long as the table lives;
@@ -14,35 +14,21 @@ library that cannot be built costs one warning and leaves everything to Python a
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
-import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
 
-from lmkan_gen import forms, packing, toolchain
-from lmkan_gen.launch import cpu, cuda
-from lmkan_gen.packing import RoundedTable
-from lmkan_gen.plan import Fill, KernelSpec, LaunchPlan, Stride, TensorMap
+from lmkan_gen.plan import KernelSpec, LaunchPlan
 from lmkan_gen.problem import LayerShape, Operation, TableDtype
-from lmkan_gen.toolchain import host
+
+if TYPE_CHECKING:
+    from lmkan_gen.launch.service import Service
 
 VARIABLE = "LMKAN_GEN_LAUNCHER"
-
-_SPEC = KernelSpec("launcher.cpp.j2", host.TORCH, ())
-#: what the library calls operations, element types and buffers, by their places
-_OPERATIONS = (Operation.FORWARD, Operation.GRAD_INPUT, Operation.GRAD_TABLE, Operation.BACKWARD)
-_DTYPES = (TableDtype.FLOAT32, TableDtype.FLOAT16, TableDtype.BFLOAT16, TableDtype.INT8)
-_BUFFERS = ("x", "table", "borders", "y", "grad", "grad_x", "grad_table")
-_OPERATORS = ("forward", "backward", "frozen_forward", "frozen_grad_input")
-_NUMBER, _ADDRESS, _STRIDE, _SIZE, _MAP = range(5)
-_MAX_BUFFERS, _MAX_ARGUMENTS, _MAX_MAPS = 32, 31, 4
 
 
 @dataclass(frozen=True)
@@ -77,15 +63,16 @@ class Prepare(Protocol):
 
 
 #: what computes an operator in Python
-_implementations: dict[str, Callable[..., Any]] = {}
-_service: _Service | None = None
+implementations: dict[str, Callable[..., Any]] = {}
+#: of a thread: the last exception that the library was told of
+raised = threading.local()
+_service: Service | None = None
 _lock = threading.RLock()
-_raised = threading.local()
 
 
 def implement(name: str, function: Callable[..., Any]) -> None:
     """Say what computes the operator ``name`` where the library does not."""
-    _implementations[name] = function
+    implementations[name] = function
 
 
 def start(device: torch.device, prepare: Prepare) -> None:
@@ -98,9 +85,11 @@ def start(device: torch.device, prepare: Prepare) -> None:
     global _service
     if os.environ.get(VARIABLE) == "python" or (_service is not None and device.type in _service.asked):
         return
+    from lmkan_gen.launch.service import Service
+
     with _lock:
         if _service is None:
-            _service = _Service(prepare)
+            _service = Service(prepare)
         _service.serve(device.type)
 
 
@@ -117,279 +106,8 @@ def forget() -> None:
 
 def cause(error: RuntimeError) -> BaseException:
     """What was raised in Python, where ``error`` came through the library; else ``error``."""
-    found: BaseException | None = getattr(_raised, "error", None)
+    found: BaseException | None = getattr(raised, "error", None)
     if found is None or str(found) not in str(error):
         return error
-    _raised.error = None
+    raised.error = None
     return found
-
-
-_Prepare = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p)
-_Arrange = ctypes.CFUNCTYPE(
-    ctypes.c_int64,
-    ctypes.c_int64,
-    ctypes.c_int64,
-    ctypes.POINTER(ctypes.c_int64),
-    ctypes.POINTER(ctypes.c_int64),
-)
-_Perform = ctypes.CFUNCTYPE(
-    ctypes.c_int64,
-    ctypes.c_int64,
-    ctypes.POINTER(ctypes.c_void_p),
-    ctypes.c_int64,
-    ctypes.POINTER(ctypes.c_int64),
-    ctypes.c_char_p,
-    ctypes.POINTER(ctypes.c_void_p),
-)
-_Error = ctypes.CFUNCTYPE(ctypes.c_void_p)
-
-
-class _Service:
-    """What the library asks of Python. Its functions return 0, or tell of an exception that is kept."""
-
-    def __init__(self, prepare: Prepare) -> None:
-        self._prepare = prepare
-        self.asked: set[str] = set()
-        self.served: set[str] = set()
-        self.library: ctypes.CDLL | None = None
-        #: plans that read forms: their names and the type of the table, by the library's number of the plan
-        self._reads: dict[int, tuple[tuple[str, ...], TableDtype]] = {}
-        #: what the library has addresses of: the table's memory, and forms; by the table's address
-        self._held: dict[int, list[Tensor]] = {}
-        self._with_cuda = ctypes.c_bool()
-        self._callbacks = (
-            _Prepare(self._on_prepare),
-            _Arrange(self._on_arrange),
-            _Perform(self._on_perform),
-            _Error(_message),
-        )
-        try:
-            self.library = self._load()
-        except (RuntimeError, OSError) as error:
-            warnings.warn(
-                f"the native launcher cannot be used, calls cost more time on the host: {error}; "
-                f"{VARIABLE}=python asks for this silently",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-
-    def _load(self) -> ctypes.CDLL:
-        library = ctypes.CDLL(str(toolchain.binary(_SPEC).path))
-        library.lmkan_ready.restype = ctypes.c_char_p
-        library.lmkan_add.restype = library.lmkan_version.restype = ctypes.c_int64
-        library.lmkan_version.argtypes = [ctypes.c_void_p]
-        library.lmkan_add.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-        library.lmkan_forget_table.argtypes = [ctypes.c_int64]
-        library.lmkan_register.argtypes = [ctypes.c_bool]
-        if (missing := library.lmkan_ready(ctypes.byref(self._with_cuda))) is not None:
-            raise RuntimeError(missing.decode())
-        probe = torch.zeros(1)
-        for expected in (3, 8):
-            torch._C._autograd._unsafe_set_version_counter((probe,), (expected,))
-            handle = _pointer(torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([probe])[0])
-            if library.lmkan_version(handle) != expected:
-                raise RuntimeError("torch tells versions of tensors otherwise than this library reads them")
-            torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule(handle)])
-        library.lmkan_serve(*self._callbacks)
-        return library
-
-    def serve(self, kind: str) -> None:
-        self.asked.add(kind)
-        if self.library is None or kind in self.served or (kind == "cuda" and not self._with_cuda):
-            return
-        self.library.lmkan_register(kind == "cuda")
-        self.served.add(kind)
-
-    def _on_prepare(self, numbers: Any, plans: int) -> int:
-        try:
-            if os.environ.get(VARIABLE) == "python":
-                return 0
-            asked = _asked(numbers)
-            parts = self._prepare(asked) or ()
-            written = [_written(part, asked) for part in parts]
-            if any(one is None for one in written):
-                return 0
-            for part, one in zip(parts, written, strict=True):
-                assert one is not None
-                assert self.library is not None
-                values = (ctypes.c_int64 * len(one.numbers))(*one.numbers)
-                names = (ctypes.c_char_p * len(one.names))(*(n.encode() for n in one.names))
-                number = self.library.lmkan_add(plans, values, names)
-                if one.forms:
-                    self._reads[number] = one.forms, part.table
-        except BaseException as error:
-            return _keep(error)
-        return 0
-
-    def _on_arrange(self, plan: int, address: int, state: Any, made: Any) -> int:
-        try:
-            found = forms.kept_at(address)
-            if found is None:
-                return 1
-            values, kept = found
-            known = [values._version, 0, 0]
-            if kept.scales is not None:
-                known[1:] = [kept.scales.data_ptr(), kept.scales._version]
-            if list(state[0:3]) != known:
-                return 1
-            names, dtype = self._reads[plan]
-            table = RoundedTable(values, kept.scales)
-            buffers = packing.arranged({}, names, dtype, table, kept)
-            if not kept.holds(buffers[name] for name in names):
-                return 1
-            self._hold(values, address, [buffers[name] for name in names])
-            for i, name in enumerate(names):
-                made[i] = buffers[name].data_ptr()
-        except BaseException as error:
-            return _keep(error)
-        return 0
-
-    def _hold(self, values: Tensor, address: int, tensors: list[Tensor]) -> None:
-        if address not in self._held:
-            # shares memory and version with the table, but does not keep the table itself
-            self._held[address] = [values.detach()]
-            weakref.finalize(values, self._let_go, address).atexit = False
-        self._held[address] += tensors
-
-    def _let_go(self, address: int) -> None:
-        assert self.library is not None
-        self.library.lmkan_forget_table(address)
-        self._held.pop(address, None)
-
-    def _on_perform(
-        self, operator: int, handles: Any, count: int, numbers: Any, text: bytes, outputs: Any
-    ) -> int:
-        try:
-            given = [handles[i] for i in range(count)]
-            present = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(
-                [_capsule(h) for h in given if h]
-            )
-            tensors = iter(present)
-            arguments = [next(tensors) if handle else None for handle in given]
-            name = _OPERATORS[operator]
-            found = _implementations[name](*_arguments(name, arguments, numbers, text.decode()))
-            results = [found] if isinstance(found, Tensor) else list(found)
-            capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(results)
-            for i, capsule in enumerate(capsules):
-                outputs[i] = _pointer(capsule)
-        except BaseException as error:
-            return _keep(error)
-        return 0
-
-
-def _asked(numbers: Any) -> Asked:
-    operation, inputs, outputs, grids, batch, on_cuda, index, tile, block, fast, table, flags = numbers[0:12]
-    return Asked(
-        _OPERATIONS[operation],
-        LayerShape(inputs, outputs, grids, batch),
-        torch.device("cuda", index) if on_cuda else torch.device("cpu"),
-        tile,
-        block,
-        bool(fast),
-        _DTYPES[table],
-        bool(flags & 1),
-        bool(flags & 2),
-        bool(flags & 4),
-    )
-
-
-def _arguments(name: str, tensors: list[Tensor | None], numbers: Any, text: str) -> list[Any]:
-    """The operator's arguments out of what the library hands over: tensors, numbers, one text."""
-    if name == "forward":
-        return [*tensors, *numbers[0:4], bool(numbers[4]), text]
-    if name == "backward":
-        needs = (bool(numbers[0]), bool(numbers[1]))
-        return [*tensors[:4], *needs, numbers[2], numbers[3], bool(numbers[4]), text, tensors[4]]
-    return list(tensors)
-
-
-@dataclass(frozen=True)
-class _Written:
-    """A plan as the library reads it."""
-
-    numbers: list[int]
-    names: list[str]
-    forms: tuple[str, ...]
-
-
-def _written(part: Part, asked: Asked) -> _Written | None:
-    """``part`` in the library's order of numbers; None if it is more than the library has room for."""
-    plan, on_cuda = part.plan, part.spec.is_cuda
-    known = set(_BUFFERS)
-    if asked.table is not TableDtype.FLOAT32:
-        known.remove("table")  # plans mean one in float32
-    made = tuple(sorted(plan.buffers - known))
-    if made and asked.table is TableDtype.FLOAT32 and not asked.constant:
-        return None
-    places = {name: i for i, name in enumerate(_BUFFERS)}
-    places |= {name: len(_BUFFERS) + i for i, name in enumerate(made)}
-    places |= {w.name: len(_BUFFERS) + len(made) + i for i, w in enumerate(plan.workspaces)}
-    maps = sorted(plan.tensor_maps, key=repr)
-    steps: Sequence[cuda.Start | Fill | cpu.Start] = (
-        cuda.starts(part.spec, plan, asked.device) if on_cuda else cpu.starts(part.spec, plan)
-    )
-    dense = plan.buffers - {s.buffer for s in plan.strides}
-    numbers: list[int] = [int(name not in dense) for name in ("x", "grad", "grad_x")]
-    numbers.append(len(made))
-    numbers += [len(plan.workspaces), *(w.bytes for w in plan.workspaces), len(maps)]
-    for tensor_map in maps:
-        numbers += [places[tensor_map.buffer], len(tensor_map.sizes), *tensor_map.sizes, *tensor_map.box]
-    numbers.append(len(steps))
-    names = []
-    for step in steps:
-        if isinstance(step, Fill):
-            numbers += [1, 0, places[step.buffer], 0, 0, 0, 0, 0, 0, 0]
-            names.append(step.buffer)
-            continue
-        if len(step.arguments) > _MAX_ARGUMENTS:
-            return None
-        launch = step.launch
-        closely = isinstance(step, cuda.Start) and step.closely
-        numbers += [0, closely, 0, int(step.function), *launch.grid, launch.block, launch.shared_memory]
-        numbers.append(len(step.arguments))
-        for argument in step.arguments:
-            numbers += _argument(argument, places, maps)
-        names.append(launch.kernel)
-    if len(places) > _MAX_BUFFERS or len(maps) > _MAX_MAPS:
-        return None
-    return _Written([int(n) for n in numbers], names, made)
-
-
-def _argument(argument: Any, places: dict[str, int], maps: list[TensorMap]) -> tuple[int, int, int]:
-    if isinstance(argument, int):
-        return _NUMBER, argument, 0
-    if isinstance(argument, str):
-        return _ADDRESS, places[argument], 0
-    if isinstance(argument, Stride):
-        return _STRIDE, places[argument.buffer], argument.axis
-    if isinstance(argument, TensorMap):
-        return _MAP, maps.index(argument), 0
-    return _SIZE, places[argument.buffer], 0
-
-
-def _keep(error: BaseException) -> int:
-    _raised.error = error
-    _raised.text = ctypes.create_string_buffer((str(error) or type(error).__name__).encode())
-    return -1
-
-
-def _message() -> int:
-    """Where the message of the thread's last exception is; it stays there until the next."""
-    return ctypes.addressof(_raised.text)
-
-
-_new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.restype, _new_capsule.argtypes = (
-    ctypes.py_object,
-    [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p],
-)
-_of_capsule = ctypes.pythonapi.PyCapsule_GetPointer
-_of_capsule.restype, _of_capsule.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-
-
-def _capsule(handle: int) -> Any:
-    return _new_capsule(handle, None, None)
-
-
-def _pointer(capsule: Any) -> int:
-    return int(_of_capsule(capsule, None))

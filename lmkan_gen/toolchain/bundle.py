@@ -22,7 +22,7 @@ from lmkan_gen.toolchain.store import Binary
 
 _ENTRY = "entry.json"
 _MEMBER = re.compile(
-    r"kernels/[0-9a-f]{64}/(kernel\.(cubin|so|cu|cpp)|build\.log|entry\.json)|tuning/[\w.-]+\.yaml"
+    r"kernels/[0-9a-f]{64}/((kernel|launcher)\.(cubin|so|cu|cpp)|build\.log|entry\.json)|tuning/[\w.-]+\.yaml"
 )
 
 
