@@ -1,7 +1,7 @@
 """Operators of this package in terms of torch's own, for formats that know no others: ONNX, for example.
 
 The graphs are made for runtimes that compute node by node: a Gather of rows of the table for the corners, a
-product with their weights, a sum. They gather ``4 * pairs * outputs`` values a sample, in up to 8 parts one
+product with their weights, a sum. They gather ``4 * pairs * outputs`` values a sample, in up to 16 parts one
 after the other, so that a runtime which reuses memory holds about two parts of them at a time.
 
 No matrix product is in them: on several runtimes those have fewer bits than float32 unless told otherwise.
@@ -22,7 +22,7 @@ from lmkan_gen.packing import SCALE_PAIRS, RoundedTable, round_table
 from lmkan_gen.problem import TableDtype
 
 #: parts of the pairs at most, each with its own nodes; more parts would need less memory
-_PARTS = 8
+_PARTS = 16
 #: pairs that a part has at least
 _LEAST_PAIRS = 16
 _CORNERS = 4
