@@ -4,6 +4,7 @@ Importing this touches neither CUDA nor a compiler; kernels are made when a laye
 """
 
 from lmkan_gen.conversion import convert, fold, refine
+from lmkan_gen.decomposition import decompositions
 from lmkan_gen.dispatch import set_workspace_limit
 from lmkan_gen.flops import register_formulas
 from lmkan_gen.grid import knots
@@ -20,6 +21,7 @@ __all__ = [
     "LMKAN2DLayer",
     "__version__",
     "convert",
+    "decompositions",
     "fold",
     "hessian_regularization",
     "knots",

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
 from lmkan_gen import packing
@@ -187,6 +188,11 @@ class LMKAN2DLayer(BatchLastModule):
 
     def batch_last(self, x: Tensor) -> Tensor:
         """``[input_dim, batch]`` -> ``[output_dim, batch]``."""
+        if isinstance(x, Proxy):
+            raise TypeError(
+                "torch.fx traces an LMKAN2DLayer as a leaf of a model, not by itself: "
+                "trace torch.nn.Sequential(layer)"
+            )
         self.check_grid()
         # looked up where torch keeps them: a third of the time that attributes of modules take
         borders = self._buffers["borders"]

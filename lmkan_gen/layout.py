@@ -4,11 +4,13 @@ Kernels read the transposed view of samples ``[batch, inputs]`` as it lies in me
 batch-last, and goes into the next layer as the view of a view, which is the fastest to read.
 """
 
-from __future__ import annotations
+# No annotations as strings in this module: torch.fx copies those of a forward, and cannot pickle strings.
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 
 def apply_batch_last(
@@ -39,16 +41,42 @@ def apply_batch_last(
     return y.T.reshape(*x.shape[:-1], y.shape[0])
 
 
+def leaf(module: nn.Module, x: Tensor) -> Any:
+    """The call of ``module`` as one node of the graph, where `torch.fx` traces a model that holds it.
+
+    Tracers take only modules of torch for leaves, and cannot follow what a layer makes of shapes and options.
+
+    Args:
+        module: what is called.
+        x: its only argument.
+
+    Returns:
+        A `torch.fx.Proxy`; None if nothing is traced, or if ``module`` is itself what is traced.
+    """
+    if not isinstance(x, Proxy):
+        return None
+    path = x.tracer.path_of_module(module)
+    return x.tracer.create_proxy("call_module", path, (x,), {}) if path else None
+
+
+def _trace_batch_last(function: Callable[[Tensor], Tensor], x: Any, width: int, batch_first: bool) -> Any:
+    """`apply_batch_last` on a `torch.fx.Proxy`; the shape is checked by layers and by torch, at calls."""
+    return function(x.reshape(-1, width).T).T.unflatten(0, x.shape[:-1]) if batch_first else function(x)
+
+
 class BatchLastModule(nn.Module):
     """Base of modules that compute on ``[I, B]`` and offer both layouts.
 
-    Subclasses implement `batch_last`.
+    Subclasses implement `batch_last`. Those of torch's operations and other modules alone set `is_leaf` to
+    False, and `torch.fx` traces into them.
 
     Args:
         input_dim: number of inputs.
         batch_first: whether ``forward`` takes ``[*, input_dim]`` (like `nn.Linear`) or
             ``[input_dim, batch]``. Outputs lie batch-last in memory either way.
     """
+
+    is_leaf: ClassVar[bool] = True
 
     def __init__(self, input_dim: int, batch_first: bool) -> None:
         super().__init__()
@@ -68,6 +96,11 @@ class BatchLastModule(nn.Module):
             ValueError: wrong shape.
             TypeError: wrong dtype.
         """
+        if isinstance(x, Proxy):
+            node = leaf(self, x) if self.is_leaf else None
+            if node is None:
+                node = _trace_batch_last(self.batch_last, x, self.input_dim, self.batch_first)
+            return node
         if x.dim() == 2:  # usual, and cheaper by some microseconds
             if not self.batch_first:
                 if x.shape[0] == self.input_dim:

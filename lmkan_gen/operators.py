@@ -7,6 +7,7 @@ per call of ``torch.library.custom_op``, which is what a small layer's time cons
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,10 @@ from lmkan_gen.launch import native
 
 #: dimension that is mapped over, for each argument; None: the same for all
 Dims = tuple[int | None, ...]
+
+#: operators in terms of torch's own. They are not in torch's table of all decompositions, because others read
+#: that too: inductor raises an error for what it finds there if the variable CI is set, DTensor looks inside.
+DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
 class Differentiable(_SingleLevelFunction):
@@ -111,6 +116,9 @@ def register(
     op = getattr(torch.ops.lmkan_gen, name).default
 
     def autograd(*arguments: Any) -> Any:
+        # traced tensors are fake ones: nothing else costs a call more than that comparison
+        if type(arguments[0]) is not Tensor and op in DECOMPOSITIONS and _exports_to_onnx():
+            return DECOMPOSITIONS[op](*arguments)
         if not is_differentiated(arguments):
             with torch._C._AutoDispatchBelowAutograd():
                 return called(op, *arguments)
@@ -124,6 +132,11 @@ def register(
     library.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"lmkan_gen::{name}", fake, lib=library)
     torch.library.register_vmap(f"lmkan_gen::{name}", batched, lib=library)
+
+
+def _exports_to_onnx() -> bool:
+    """Whether `torch.onnx.export` is at work; does not import what it takes to do so."""
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def one_by_one(op: Any) -> Callable[..., Any]:

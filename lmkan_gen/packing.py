@@ -150,7 +150,7 @@ def quantise(table: Tensor) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(largest, (0, groups * SCALE_PAIRS - pairs))
     scales = padded.view(-1, groups, SCALE_PAIRS).amax(2) / _LARGEST
     scales = torch.where(scales > 0, scales, 1.0).T.contiguous()
-    return (table.detach() / _spread(scales, pairs)).round_().to(torch.int8), scales
+    return (table.detach() / _spread(scales, pairs)).round().to(torch.int8), scales
 
 
 def dequantise(values: Tensor, scales: Tensor) -> Tensor:

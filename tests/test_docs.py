@@ -42,3 +42,12 @@ def test_tutorial(
     run("tutorial.md")  # its assertions hold
     assert (tmp_path / "functions.png").exists()
     assert "functions of the first layer could be affine" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    run("pytorch.md")  # its assertions hold
+    assert {path.name for path in tmp_path.iterdir()} >= {"program.pt2", "package.pt2", "network.onnx"}

@@ -133,6 +133,11 @@ def test_opcheck(device: torch.device, dtype: torch.dtype) -> None:
     if dtype is not torch.int8:
         opcheck(FORWARD, (x.clone().requires_grad_(), t.values, None, of.borders))
         opcheck(GRAD_INPUT, (torch.randn(7, 20, device=device), x, t.values, of.borders))
+    wide, borders = x.double(), of.borders.double()
+    opcheck(FORWARD, (wide, t.values, t.scales, borders))
+    if dtype is not torch.int8:
+        opcheck(FORWARD, (wide.clone().requires_grad_(), t.values, None, borders))
+        opcheck(GRAD_INPUT, (torch.randn_like(wide[:7]), wide, t.values, borders))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -64,11 +64,37 @@ def test_opcheck_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     opcheck(BACKWARD, (torch.randn(4, 20), x, table, borders, True, True, 0, 0, False, "float32"))
 
 
-def test_opcheck_of_double_backward() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, True), (False, True, False)])
+@pytest.mark.parametrize("given", ["x", "table", "both"])
+def test_opcheck_of_double_backward(dtype: torch.dtype, needs: tuple[bool, bool, bool], given: str) -> None:
+    x, table, borders = case(dtype=dtype)
+    grad = torch.randn(4, 20, dtype=dtype)
+    v_x = torch.randn_like(x) if given != "table" else None
+    v_table = torch.randn_like(table) if given != "x" else None
+    opcheck(DOUBLE_BACKWARD, (v_x, v_table, grad, x, table, borders, *needs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("disabled", ["0", "1"])
+def test_opcheck_with_narrow_tables(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, disabled: str
+) -> None:
+    monkeypatch.setenv(dispatch.DISABLE_VARIABLE, disabled)
     x, table, borders = case()
-    grad, v_x, v_table = torch.randn(4, 20), torch.randn_like(x), torch.randn_like(table)
-    opcheck(DOUBLE_BACKWARD, (v_x, v_table, grad, x, table, borders, True, True, True))
-    opcheck(DOUBLE_BACKWARD, (None, v_table, grad, x, table, borders, True, False, True))
+    narrow, grad, v_x = table.to(dtype), torch.randn(4, 20), torch.randn_like(x)
+    name = str(dtype).removeprefix("torch.")
+    for given in (table, narrow):
+        leaves = (x.clone().requires_grad_(), given.clone().requires_grad_())
+        opcheck(FORWARD, (*leaves, borders, 0, 0, 0, 0, False, name))
+        rounded = narrow if given is table else None
+        opcheck(BACKWARD, (grad, x, given, borders, True, True, 0, 0, False, name, rounded))
+    opcheck(torch.ops.lmkan_gen.tangent.default, (v_x, x, narrow, borders))
+    opcheck(DOUBLE_BACKWARD, (v_x, torch.randn_like(narrow), grad, x, narrow, borders, True, True, True))
+
+
+def test_opcheck_with_int8_tables() -> None:
+    opcheck(FORWARD, (*case(), 0, 0, 0, 0, False, "int8"))
 
 
 def test_compiles_without_graph_breaks() -> None:

@@ -62,10 +62,15 @@ def test_is_differentiable_any_number_of_times() -> None:
     assert second.requires_grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opcheck(dtype: torch.dtype) -> None:
-    table = torch.randn(6, 6, 4, 3, dtype=dtype, requires_grad=True)
-    scale = torch.randn((), dtype=dtype, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("needs_grad", [True, False])
+@pytest.mark.parametrize("disabled", ["0", "1"])
+def test_opcheck(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, needs_grad: bool, disabled: str
+) -> None:
+    monkeypatch.setenv(dispatch.DISABLE_VARIABLE, disabled)
+    table = torch.randn(6, 6, 4, 3, dtype=dtype, requires_grad=needs_grad)
+    scale = torch.randn((), dtype=dtype, requires_grad=needs_grad)
     opcheck(torch.ops.lmkan_gen.hessian.default, (table, knots(5, dtype)))
     opcheck(torch.ops.lmkan_gen.grad_hessian.default, (scale, table, knots(5, dtype)))
 

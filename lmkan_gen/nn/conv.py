@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lmkan_gen import convolution
 from lmkan_gen.convolution import Geometry, Pair
 from lmkan_gen.layer import LMKAN2DLayer
+from lmkan_gen.layout import leaf
 from lmkan_gen.ops import HALVES, autocasts
 
 _OPS = torch.ops.lmkan_gen
@@ -88,6 +89,8 @@ class LMKANConv2d(nn.Module):
             ValueError: wrong shape, or an image smaller than a patch.
             TypeError: wrong dtype.
         """
+        if (node := leaf(self, x)) is not None:
+            return node  # type: ignore[no-any-return]
         self._check(x)
         layer, wanted = self.layer, x.dtype
         layer.check_grid()

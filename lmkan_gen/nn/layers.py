@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -215,6 +215,8 @@ class LMKANBlock(BatchLastModule):
         ValueError: ``precondition`` is none of these, or a size is out of range.
     """
 
+    is_leaf: ClassVar[bool] = False
+
     def __init__(
         self,
         input_dim: int,
@@ -262,6 +264,8 @@ class LMKANMLP(BatchLastModule):
     Raises:
         ValueError: fewer than two widths, or a size is out of range.
     """
+
+    is_leaf: ClassVar[bool] = False
 
     def __init__(
         self,
