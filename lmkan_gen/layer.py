@@ -401,7 +401,9 @@ class LMKAN2DLayer(BatchLastModule):
         side, device = self.num_grids + 1, self.borders.device
         empty = RoundedTable(
             torch.empty(side, side, self.output_dim, self._pairs, dtype=values.dtype, device=device),
-            None if scales is None else torch.empty(groups, self.output_dim, device=device),
+            None
+            if scales is None
+            else torch.empty(groups, self.output_dim, dtype=torch.float32, device=device),
         )
         self._master = None
         self._set_frozen(FrozenTable(empty), keep=False)
