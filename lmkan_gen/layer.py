@@ -54,8 +54,8 @@ class LMKAN2DLayer(BatchLastModule):
         batch_first: take ``[*, input_dim]``, as `nn.Linear` does, and return ``[*, output_dim]``: a view,
             since outputs lie batch-last in memory either way.
         device: where the table is made.
-        dtype: of the table: float32 by default, whatever torch's default dtype, as kernels want it; float64,
-            float16 and bfloat16 work too.
+        dtype: of the table: float32, float64, float16 or bfloat16; torch's default dtype if None. Kernels
+            compute in float32; float64 is plain torch, for checks.
 
     Attributes:
         func_parameter: parameter ``[num_grids+1, num_grids+1, output_dim, ceil(input_dim/2)]``;
@@ -149,8 +149,13 @@ class LMKAN2DLayer(BatchLastModule):
         Raises:
             ValueError: ``num_grids`` below 3.
         """
-        layer = cls(num_grids, linear.in_features, linear.out_features)
-        layer.to(linear.weight.device, linear.weight.dtype)
+        layer = cls(
+            num_grids,
+            linear.in_features,
+            linear.out_features,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
         with torch.no_grad():
             layer.func_parameter.copy_(affine_table(linear.weight, linear.bias, num_grids))
         return layer
@@ -410,16 +415,16 @@ class LMKAN2DLayer(BatchLastModule):
 
 
 def check_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of a module's parameters: float32 unless said otherwise.
+    """The dtype of a module's parameters: torch's default dtype unless said otherwise, as in `torch.nn`.
 
     Raises:
-        TypeError: ``dtype`` is no floating-point type that layers compute in.
+        TypeError: it is no floating-point type that layers compute in.
     """
-    if dtype is None:
-        return torch.float32
-    if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype}")
-    return dtype
+    wanted = torch.get_default_dtype() if dtype is None else dtype
+    if wanted not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        origin = ", torch's default dtype" if dtype is None else ""
+        raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {wanted}{origin}")
+    return wanted
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

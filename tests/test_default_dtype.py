@@ -1,4 +1,4 @@
-"""torch.set_default_dtype: nothing that kernels compute or that files hold depends on it."""
+"""torch.set_default_dtype: modules follow it as those of torch do, and nothing else depends on it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,25 @@ from torch import Tensor, nn
 
 from lmkan_gen import LMKAN2DLayer, convert, fold, refine
 from lmkan_gen.inspection import describe_functions
-from lmkan_gen.nn import LMKANMLP
+from lmkan_gen.nn import LMKANMLP, BatchLastNorm, LMKANBlock, LMKANConv2d, LMKANLinear, ReLUFirst, ReLULast
 from lmkan_gen.problem import LayerShape, Operation, TableDtype
 from lmkan_gen.tuner import roofline
 from lmkan_gen.tuner.bench import rotated_buffers
 from lmkan_gen.tuner.verify import Mismatch, make_cases, output_shapes
 
-OTHERS = (torch.float64, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+OTHERS = DTYPES[1:]
+
+MODULES: dict[str, Callable[..., nn.Module]] = {
+    "layer": lambda **o: LMKAN2DLayer(6, 5, 4, batch_first=True, **o),
+    "linear": lambda **o: LMKANLinear(5, 4, **o),
+    "relu_first": lambda **o: ReLUFirst(5, 4, **o),
+    "relu_last": lambda **o: ReLULast(5, 4, **o),
+    "block": lambda **o: LMKANBlock(5, 4, **o),
+    "mlp": lambda **o: LMKANMLP((5, 6, 4), precondition="relu_last", normalize_input=True, **o),
+    "norm": lambda **o: BatchLastNorm(5, **o),
+    "convolution": lambda **o: LMKANConv2d(5, 4, 1, **o),
+}
 
 
 @contextmanager
@@ -29,6 +41,37 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_made_as_with_that_dtype(name: str, dtype: torch.dtype) -> None:
+    seed = torch.initial_seed()
+    expected = MODULES[name](dtype=dtype).state_dict()
+    torch.manual_seed(seed)
+    with default_dtype(dtype):
+        module = MODULES[name]()
+    found = module.state_dict()
+    assert {p.dtype for p in module.parameters()} <= {dtype}
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype
+        assert torch.equal(found[key], tensor)
+        if key.endswith("borders"):  # exact whatever the table is rounded to
+            assert tensor.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["linear", "mlp", "relu_first"])
+def test_a_module_works_between_layers_of_torch(name: str, dtype: torch.dtype) -> None:
+    with default_dtype(dtype):
+        model = nn.Sequential(nn.Linear(3, 5), MODULES[name](), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        y = model(torch.randn(20, 3))
+        y.square().sum().backward()
+    assert y.dtype == dtype
+    assert all(
+        p.grad is not None and p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("dtype", OTHERS, ids=str)
@@ -143,3 +186,9 @@ def test_peaks_are_those_of_float32(monkeypatch: pytest.MonkeyPatch, dtype: torc
     with default_dtype(dtype):
         roofline.measure_peaks(torch.device("cpu"))
     assert seen == {torch.float32}
+
+
+def test_a_default_that_layers_do_not_compute_in_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match="float8_e4m3fn, torch's default dtype"):
+        LMKAN2DLayer(6, 4, 3)
