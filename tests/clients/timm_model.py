@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -12,21 +11,13 @@ from torch import Tensor, nn
 from lmkan_gen import convert
 from lmkan_gen.nn import LMKANBlock, lmkan_layers
 from tests.clients.checks import close, falls, outputs, require, run
+from tests.clients.repairs import make_torchvision_importable
 
-try:
-    import torchvision  # noqa: F401
-except RuntimeError:
-    # Beside a CPU wheel of torch the libraries of PyPI's torchvision cannot be loaded, and its import stops
-    # at the first of their operators. timm needs torchvision's Python code alone: schemas are enough.
-    LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        LIBRARY.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    for module in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[module]
-import timm
-from timm.models import load_checkpoint
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
+make_torchvision_importable()
+import timm  # noqa: E402
+from timm.models import load_checkpoint  # noqa: E402
+from timm.optim import create_optimizer_v2  # noqa: E402
+from timm.utils import ModelEmaV3  # noqa: E402
 
 CLASSES = 4
 
