@@ -235,6 +235,10 @@ class FrozenTable(nn.Module):
             keep_forms(self.values, self.scales)
         return RoundedTable(self.values, self.scales)
 
+    def forward(self, x: Tensor, borders: Tensor) -> Tensor:
+        """`frozen_lmkan` with this table; called as a module, so that hooks can bring its buffers."""
+        return frozen_lmkan(x, self.table, borders)
+
     def forget(self) -> None:
         """Make what kernels read anew at the next call, after a write that torch did not count."""
         self.values = self.values.detach().clone()

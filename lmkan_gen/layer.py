@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lmkan_gen import packing
-from lmkan_gen.frozen import FREEZABLE, FREEZABLE_NAMES, FrozenTable, frozen_lmkan
+from lmkan_gen.frozen import FREEZABLE, FREEZABLE_NAMES, FrozenTable
 from lmkan_gen.grid import knots
 from lmkan_gen.layout import BatchLastModule
 from lmkan_gen.ops import lmkan
@@ -194,7 +194,8 @@ class LMKAN2DLayer(BatchLastModule):
         """``[input_dim, batch]`` -> ``[output_dim, batch]``."""
         self.check_grid()
         if self.frozen is not None:
-            return frozen_lmkan(x, self.frozen.table, self.borders)
+            y: Tensor = self.frozen(x, self.borders)
+            return y
         return lmkan(x, self.func_parameter, self.borders, *self._options)
 
     def freeze(self, table_dtype: torch.dtype, master: Literal["keep", "cpu", "drop"] = "keep") -> Self:

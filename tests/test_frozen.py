@@ -289,3 +289,25 @@ def test_kernels_run_on_a_gpu_and_in_a_graph(dtype: torch.dtype) -> None:
     y.zero_()
     graph.replay()
     assert error(y, right.double().cpu()) <= 1e-6  # parts of sums are added in any order
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tables_that_hooks_bring_for_each_call_are_used(dtype: torch.dtype) -> None:
+    # as accelerate offloads: every module's own tensors are there while its forward runs, else on meta
+    of, x = layer().freeze(dtype, master="drop"), torch.randn(12, 30)
+    kept = {name: dict(m.named_buffers(recurse=False)) for name, m in of.named_modules()}
+
+    def fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            module._buffers[name] = tensor
+
+    with torch.no_grad():
+        right = of(x)
+        for name, module in of.named_modules():
+            empty = {n: b.to("meta") for n, b in kept[name].items()}
+            module.register_forward_pre_hook(lambda m, _, there=kept[name]: fill(m, there))
+            module.register_forward_hook(lambda m, *_, gone=empty: fill(m, gone))
+            fill(module, empty)
+        for _ in range(2):
+            assert torch.equal(of(x), right)
+    assert all(b.is_meta for b in of.buffers())
