@@ -12,6 +12,7 @@ from torch.library import opcheck
 
 from lmkan_gen import LMKAN2DLayer, dispatch, knots, packing, reference
 from lmkan_gen.frozen import frozen_lmkan
+from lmkan_gen.nn import LMKANMLP, lmkan_layers
 from lmkan_gen.packing import RoundedTable
 from lmkan_gen.problem import TableDtype
 from tests import truth
@@ -118,9 +119,21 @@ def test_input_gradient(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def test_int8_has_no_gradient() -> None:
-    of = layer().freeze(torch.int8)
+    of, x = layer().freeze(torch.int8), torch.randn(12, 4, requires_grad=True)
+    y = of(x)  # evaluation without torch.no_grad() works
+    assert torch.equal(y, of(x.detach()))
     with pytest.raises(RuntimeError, match="int8 tables are for inference"):
-        of(torch.randn(12, 4, requires_grad=True))
+        y.sum().backward()
+
+
+def test_int8_behind_trainable_parameters_is_exported() -> None:
+    # exporters trace with gradients enabled
+    model = LMKANMLP((4, 8, 2), precondition="relu_first").eval()
+    for of in lmkan_layers(model).values():
+        of.freeze(torch.int8)
+    x = torch.randn(20, 4)
+    program = torch.export.export(model, (x,))
+    assert torch.equal(program.module()(x), model(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
