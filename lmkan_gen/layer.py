@@ -213,7 +213,7 @@ class LMKAN2DLayer(BatchLastModule):
             table_dtype: ``torch.float32``, ``torch.float16``, ``torch.bfloat16`` or ``torch.int8``.
             master: what happens to ``func_parameter``: kept; moved to the CPU's memory, where ``unfreeze``
                 finds it; or dropped, after which ``unfreeze`` makes one of the frozen table. Meanwhile
-                ``func_parameter`` is None unless kept.
+                ``func_parameter`` is None unless kept. On the meta device it is dropped: it has no values.
 
         Returns:
             The layer.
@@ -244,7 +244,9 @@ class LMKAN2DLayer(BatchLastModule):
                 table = RoundedTable(table.values.clone())  # what is frozen does not follow the parameter
         if master == "cpu" and not self.func_parameter.is_meta:
             self._master = self.func_parameter.detach().cpu()
-        self._set_frozen(FrozenTable(table), keep=master == "keep")
+        # on the meta device there is nothing to keep, and loaders would look for its values
+        keep = master == "keep" and not self.func_parameter.is_meta
+        self._set_frozen(FrozenTable(table), keep=keep)
         return self
 
     def unfreeze(self) -> Self:
@@ -282,7 +284,7 @@ class LMKAN2DLayer(BatchLastModule):
         if not (keep or self._is_parametrized() or self.func_parameter is None):
             self._master_requires_grad = self.func_parameter.requires_grad
             self.register_parameter("func_parameter", None)
-        self.frozen = frozen
+        self.frozen = frozen.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -136,6 +136,23 @@ def test_int8_behind_trainable_parameters_is_exported() -> None:
     assert torch.equal(program.module()(x), model(x))
 
 
+@pytest.mark.parametrize("master", ["keep", "cpu", "drop"])
+def test_layers_without_memory_keep_no_parameter(master: Literal["keep", "cpu", "drop"]) -> None:
+    skeleton, source = layer("meta").freeze(torch.float16, master), layer().freeze(torch.float16)
+    assert not list(skeleton.parameters())
+    skeleton.load_state_dict(source.state_dict(), assign=True)
+    assert source.frozen is not None
+    assert torch.equal(skeleton.unfreeze().func_parameter, source.frozen.values.float())
+
+
+def test_frozen_tables_are_in_evaluation_mode() -> None:
+    of = layer().freeze(torch.float16)
+    other = layer().train()
+    other.load_state_dict(of.state_dict())
+    assert [m.training for m in of.modules()] == [False, False]
+    assert [m.training for m in other.modules()] == [True, True]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(device: torch.device, dtype: torch.dtype) -> None:
     of = layer(device).freeze(dtype)
