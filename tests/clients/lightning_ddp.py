@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -154,6 +155,29 @@ def mixed() -> str:
     return f"{falls(model.losses, 1e-2)}, in float32 {falls(single.losses, 1e-2)}"
 
 
+def halved() -> str:
+    """bf16-true makes the loss fall with parameters in bfloat16, regularised by the fitting callback"""
+    options: dict[str, Any] = {"epochs": 40, "steps": 40, "adaptive": True}
+    model = fit(seeded(with_statistics), **options, precision="bf16-true")
+    dtypes = {p.dtype for p in model.parameters()}
+    require(dtypes == {torch.bfloat16}, f"parameters have dtypes {dtypes}")
+    return falls(model.losses, 2e-2)
+
+
+def summarised() -> str:
+    """The summary counts each table once, and twice the FLOPs of linear layers"""
+    model = Regressor(LMKANMLP((4, 16, 1), num_grids=8), adaptive=True)
+    model.example_input_array = torch.randn(8, 4)
+    model.forward = model.network.forward
+    summary = ModelSummary(model, max_depth=-1)
+    parameters, flops = 9 * 9 * (2 * 16 + 8), 2 * 2 * 8 * (4 * 16 + 16)
+    require(
+        summary.total_parameters == parameters, f"{summary.total_parameters} parameters, not {parameters}"
+    )
+    require(summary.total_flops == flops, f"{summary.total_flops} FLOPs, not {flops}")
+    return f"{parameters} parameters, {flops} FLOPs"
+
+
 def resumed() -> str:
     """Resuming from a checkpoint ends where an uninterrupted run does, the schedule included"""
     whole = fit(seeded(with_statistics))
@@ -177,4 +201,4 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         ddp_worker(sys.argv[1])
     else:
-        run(distributed, mixed, resumed)
+        run(distributed, mixed, halved, resumed, summarised)

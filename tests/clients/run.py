@@ -26,7 +26,7 @@ REQUIREMENTS = HERE / "requirements.txt"
 #: lists of packages, installed into a folder each that few scripts see, without what they ask for
 ALONE = sorted((HERE / "alone").glob("*.txt"))
 MARKS = ("<!-- clients -->", "<!-- /clients -->")
-SECONDS = 180
+SECONDS = 300
 
 #: script: the packages whose versions the table shows
 CLIENTS = {
