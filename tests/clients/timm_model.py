@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,5 +94,18 @@ def trained() -> str:
     return f"{falls(losses, 0.3)}, {right:.0%} right"
 
 
+def checkpointed() -> str:
+    """Gradient checkpointing does not change the gradients of a converted vision transformer"""
+    network: Any = convert(transformer(), num_grids=8)
+    x, _ = images(8)
+    grads = []
+    for enabled in (False, True):
+        network.set_grad_checkpointing(enabled)
+        network.zero_grad()
+        network(x).square().sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    return close(grads[1], grads[0], 0)
+
+
 if __name__ == "__main__":
-    run(converted, trained)
+    run(converted, trained, checkpointed)
