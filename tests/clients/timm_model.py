@@ -16,7 +16,7 @@ from tests.clients.repairs import make_torchvision_importable
 
 make_torchvision_importable()
 import timm  # noqa: E402
-from timm.models import load_checkpoint  # noqa: E402
+from timm.models import create_feature_extractor, load_checkpoint  # noqa: E402
 from timm.optim import create_optimizer_v2  # noqa: E402
 from timm.utils import ModelEmaV3  # noqa: E402
 
@@ -94,6 +94,19 @@ def trained() -> str:
     return f"{falls(losses, 0.3)}, {right:.0%} right"
 
 
+def extracted() -> str:
+    """Features are extracted in front of and behind an lmKAN head, by tracing the network"""
+    model = timm.create_model("resnet10t", num_classes=CLASSES)
+    model.fc = LMKANBlock(model.num_features, CLASSES, num_grids=8)
+    model.eval()
+    x, _ = images(8)
+    with torch.no_grad():
+        found = create_feature_extractor(model, {"global_pool": "pooled", "fc": "logits"})(x)
+        pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    close(found["pooled"].flatten(1), pooled, 0)
+    return close(found["logits"], outputs(model, x), 0)
+
+
 def checkpointed() -> str:
     """Gradient checkpointing does not change the gradients of a converted vision transformer"""
     network: Any = convert(transformer(), num_grids=8)
@@ -108,4 +121,4 @@ def checkpointed() -> str:
 
 
 if __name__ == "__main__":
-    run(converted, trained, checkpointed)
+    run(converted, trained, extracted, checkpointed)
