@@ -69,8 +69,7 @@ def linear_to_lmkan(
                 f"num_grids must be even for {type(activation).__name__}, whose kink at 0 has to be a knot: "
                 f"got {num_grids}, take {num_grids + 1}"
             )
-    layer = LMKANLinear(weight.shape[1], weight.shape[0], num_grids)
-    layer.to(weight.device, weight.dtype)
+    layer = LMKANLinear(weight.shape[1], weight.shape[0], num_grids, device=weight.device, dtype=weight.dtype)
     _write(layer.layer, affine_table(weight, bias, num_grids, activation))
     layer.requires_grad_(weight.requires_grad)
     return layer.train(linear.training)
@@ -370,7 +369,9 @@ def _refined(layer: LMKAN2DLayer, factor: int) -> LMKAN2DLayer:
         layer.init_scale,
         layer.backward_fast_mode,
         batch_first=layer.batch_first,
-    ).to(table.device, table.dtype)
+        device=table.device,
+        dtype=table.dtype,
+    )
     _write(finer, table)
     finer.requires_grad_(layer.func_parameter.requires_grad)
     return finer.train(layer.training)

@@ -442,7 +442,7 @@ class _FrozenConvolve(Differentiable):
     def forward(
         ctx: Any, x: Tensor, values: Tensor, scales: Tensor | None, borders: Tensor, *sizes: Any
     ) -> Tensor:
-        frozen.refuse_derivatives(values, ctx.needs_input_grad[1])
+        frozen.refuse_gradient(ctx.needs_input_grad[1])
         ctx.save_for_backward(x, values, borders)
         ctx.save_for_forward(x, values, borders)
         ctx.sizes = sizes
@@ -451,7 +451,9 @@ class _FrozenConvolve(Differentiable):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x: Tensor = _frozen_grad_input_op(grad, *ctx.saved_tensors, *ctx.sizes)
+        x, values, borders = ctx.saved_tensors
+        frozen.refuse_int8(values)
+        grad_x: Tensor = _frozen_grad_input_op(grad, x, values, borders, *ctx.sizes)
         return (grad_x, *(None,) * (3 + len(ctx.sizes)))
 
     @staticmethod
@@ -460,6 +462,7 @@ class _FrozenConvolve(Differentiable):
             assert x is not None
             assert values is not None
             assert borders is not None
+            frozen.refuse_int8(values)
             return _tangent(v_x, x, values.to(x.dtype), borders, Geometry(*ctx.sizes))
 
 

@@ -39,11 +39,6 @@ _LIBRARY.define("frozen_grad_input(Tensor grad, Tensor x, Tensor values, Tensor 
 _forward_op = torch.ops.lmkan_gen.frozen_forward.default
 _grad_input_op = torch.ops.lmkan_gen.frozen_grad_input.default
 
-_INT8 = (
-    "int8 tables are for inference and have no derivatives: use torch.no_grad(), freeze with float16 or "
-    "bfloat16, or unfreeze the layer"
-)
-
 
 def frozen_lmkan(x: Tensor, values: Tensor, scales: Tensor | None, borders: Tensor) -> Tensor:
     """`lmkan_gen.lmkan` with a table that stays as it is.
@@ -159,7 +154,7 @@ def _grad_input_fake(grad: Tensor, x: Tensor, values: Tensor, borders: Tensor) -
 class _Forward(Differentiable):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, scales: Tensor | None, borders: Tensor) -> Tensor:
-        refuse_derivatives(values, ctx.needs_input_grad[1])
+        refuse_gradient(ctx.needs_input_grad[1])
         ctx.save_for_backward(x, values, borders)
         ctx.save_for_forward(x, values, borders)
         y: Tensor = below_autograd(_forward_op, x, values, scales, borders)
@@ -168,6 +163,7 @@ class _Forward(Differentiable):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values, borders = ctx.saved_tensors
+        refuse_int8(values)
         return _grad_input_op(grad, x, values, borders), None, None, None
 
     @staticmethod
@@ -175,6 +171,7 @@ class _Forward(Differentiable):
         with primals(ctx.saved_tensors) as (x, values, borders):
             assert x is not None
             assert values is not None
+            refuse_int8(values)
             along: Tensor = torch.ops.lmkan_gen.tangent.default(v_x, x, values.to(x.dtype), borders)
         return along
 
@@ -197,10 +194,17 @@ class _GradInput(Differentiable):
 ONCE = "a frozen lmKAN layer is differentiable once; call unfreeze() for second derivatives"
 
 
-def refuse_derivatives(values: Tensor, of_values: bool) -> None:
-    """Raise RuntimeError where a differentiated call has an int8 table, or wants a gradient of its values."""
+def refuse_int8(values: Tensor) -> None:
+    """Raise RuntimeError where a derivative is computed, not before, if the table is int8."""
     if values.dtype == torch.int8:
-        raise RuntimeError(_INT8)
+        raise RuntimeError(
+            "int8 tables are for inference and have no derivatives: freeze with float16 or bfloat16, or "
+            "unfreeze the layer"
+        )
+
+
+def refuse_gradient(of_values: bool) -> None:
+    """Raise RuntimeError if a call wants a gradient of a frozen table's values."""
     if of_values:
         raise RuntimeError("a frozen table has no gradient; call unfreeze() to train the layer")
 
@@ -258,6 +262,10 @@ class FrozenTable(nn.Module):
     def table(self) -> RoundedTable:
         """The same in one."""
         return RoundedTable(*self.tensors)
+
+    def forward(self, x: Tensor, borders: Tensor) -> Tensor:
+        """`frozen_lmkan` with this table; called as a module, so that hooks can bring its buffers."""
+        return frozen_lmkan(x, *self.tensors, borders)
 
     def forget(self) -> None:
         """Make what kernels read anew at the next call, after a write that torch did not count."""

@@ -12,7 +12,7 @@ from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
 from lmkan_gen import packing
-from lmkan_gen.frozen import FREEZABLE, FREEZABLE_NAMES, FrozenTable, frozen_lmkan
+from lmkan_gen.frozen import FREEZABLE, FREEZABLE_NAMES, FrozenTable
 from lmkan_gen.grid import knots
 from lmkan_gen.layout import BatchLastModule
 from lmkan_gen.ops import lmkan
@@ -55,8 +55,8 @@ class LMKAN2DLayer(BatchLastModule):
         batch_first: take ``[*, input_dim]``, as `nn.Linear` does, and return ``[*, output_dim]``: a view,
             since outputs lie batch-last in memory either way.
         device: where the table is made.
-        dtype: of the table: float32 by default, whatever torch's default dtype, as kernels want it; float64,
-            float16 and bfloat16 work too.
+        dtype: of the table: float32, float64, float16 or bfloat16; torch's default dtype if None. Kernels
+            compute in float32; float64 is plain torch, for checks.
 
     Attributes:
         func_parameter: parameter ``[num_grids+1, num_grids+1, output_dim, ceil(input_dim/2)]``;
@@ -150,8 +150,13 @@ class LMKAN2DLayer(BatchLastModule):
         Raises:
             ValueError: ``num_grids`` below 3.
         """
-        layer = cls(num_grids, linear.in_features, linear.out_features)
-        layer.to(linear.weight.device, linear.weight.dtype)
+        layer = cls(
+            num_grids,
+            linear.in_features,
+            linear.out_features,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
         with torch.no_grad():
             layer.func_parameter.copy_(affine_table(linear.weight, linear.bias, num_grids))
         return layer
@@ -198,7 +203,8 @@ class LMKAN2DLayer(BatchLastModule):
         borders = self._buffers["borders"]
         assert borders is not None
         if (frozen := self.frozen) is not None:
-            return frozen_lmkan(x, *frozen.tensors, borders)
+            y: Tensor = frozen(x, borders)
+            return y
         table = self._parameters.get("func_parameter")
         if table is None:  # it is parametrized
             table = self.func_parameter
@@ -219,7 +225,7 @@ class LMKAN2DLayer(BatchLastModule):
             table_dtype: ``torch.float32``, ``torch.float16``, ``torch.bfloat16`` or ``torch.int8``.
             master: what happens to ``func_parameter``: kept; moved to the CPU's memory, where ``unfreeze``
                 finds it; or dropped, after which ``unfreeze`` makes one of the frozen table. Meanwhile
-                ``func_parameter`` is None unless kept.
+                ``func_parameter`` is None unless kept. On the meta device it is dropped: it has no values.
 
         Returns:
             The layer.
@@ -250,7 +256,9 @@ class LMKAN2DLayer(BatchLastModule):
                 table = RoundedTable(table.values.clone())  # what is frozen does not follow the parameter
         if master == "cpu" and not self.func_parameter.is_meta:
             self._master = self.func_parameter.detach().cpu()
-        self._set_frozen(FrozenTable(table), keep=master == "keep")
+        # on the meta device there is nothing to keep, and loaders would look for its values
+        keep = master == "keep" and not self.func_parameter.is_meta
+        self._set_frozen(FrozenTable(table), keep=keep)
         return self
 
     def unfreeze(self) -> Self:
@@ -288,7 +296,7 @@ class LMKAN2DLayer(BatchLastModule):
         if not (keep or self._is_parametrized() or self.func_parameter is None):
             self._master_requires_grad = self.func_parameter.requires_grad
             self.register_parameter("func_parameter", None)
-        self.frozen = frozen
+        self.frozen = frozen.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -417,23 +425,25 @@ class LMKAN2DLayer(BatchLastModule):
         side, device = self.num_grids + 1, self.borders.device
         empty = RoundedTable(
             torch.empty(side, side, self.output_dim, self._pairs, dtype=values.dtype, device=device),
-            None if scales is None else torch.empty(groups, self.output_dim, device=device),
+            None
+            if scales is None
+            else torch.empty(groups, self.output_dim, dtype=torch.float32, device=device),
         )
         self._master = None
         self._set_frozen(FrozenTable(empty), keep=False)
 
 
 def check_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of a module's parameters: float32 unless said otherwise.
+    """The dtype of a module's parameters: torch's default dtype unless said otherwise, as in `torch.nn`.
 
     Raises:
-        TypeError: ``dtype`` is no floating-point type that layers compute in.
+        TypeError: it is no floating-point type that layers compute in.
     """
-    if dtype is None:
-        return torch.float32
-    if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype}")
-    return dtype
+    wanted = torch.get_default_dtype() if dtype is None else dtype
+    if wanted not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        origin = ", torch's default dtype" if dtype is None else ""
+        raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {wanted}{origin}")
+    return wanted
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lmkan_gen import dispatch, hessian_reference
 from lmkan_gen.families import Demand
 from lmkan_gen.operators import Differentiable, below_autograd, one_by_one, primals, register
+from lmkan_gen.ops import HALVES
 from lmkan_gen.problem import LayerShape, Operation
 
 #: bytes; kernels load this much at a time
@@ -32,21 +33,23 @@ def hessian_regularization(table: Tensor, borders: Tensor) -> Tensor:
     ``sum_functions mean_knots (f_xx^2 + 2 f_xy^2 + f_yy^2)``. It is zero for affine functions and
     differentiable with respect to ``table``, any number of times.
 
-    float32 goes to the kernels, with sums in a fixed order: results are reproducible to the bit. Any
-    other floating-point dtype is computed in plain torch.
+    float32 goes to the kernels, with sums in a fixed order: results are reproducible to the bit. So do tables
+    in half precision, whose sums would overflow. float64 is computed in plain torch.
 
     Args:
         table: ``[G+1, G+1, O, P]``, values of the functions at the knots.
-        borders: ``[G+1]``, the knots, in increasing order.
+        borders: ``[G+1]``, the knots, in increasing order; float64 if the table is, else float32.
 
     Returns:
-        A scalar tensor of the dtype of ``table``.
+        A scalar tensor of the dtype of ``borders``.
 
     Raises:
         ValueError: shapes or devices do not belong together, the device is neither a CPU nor a CUDA
             device, or ``borders`` requires a gradient.
-        TypeError: the dtypes differ.
+        TypeError: ``borders`` has another dtype than described.
     """
+    if table.dtype in HALVES:
+        table = table.float()
     if borders.requires_grad:
         raise ValueError("borders requires a gradient, but the grid is fixed; pass borders.detach()")
     value: Tensor = _hessian_op(table, borders)

@@ -104,6 +104,10 @@ def test_what_is_not_implemented_says_so() -> None:
     layer.layer.unfreeze().freeze(torch.int8)
     with pytest.raises(RuntimeError, match="int8 tables are for inference"):
         jvp(layer, (x.float(),), (x.float(),))
+    y = layer(x.float().requires_grad_())  # evaluation without torch.no_grad() works
+    assert torch.equal(y, layer(x.float()))
+    with pytest.raises(RuntimeError, match="int8 tables are for inference"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("frozen", [torch.float32, torch.float16])

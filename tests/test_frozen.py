@@ -12,6 +12,7 @@ from torch.library import opcheck
 
 from lmkan_gen import LMKAN2DLayer, dispatch, knots, packing, reference
 from lmkan_gen.frozen import frozen_lmkan
+from lmkan_gen.nn import LMKANMLP, lmkan_layers
 from lmkan_gen.packing import RoundedTable
 from lmkan_gen.problem import TableDtype
 from tests import truth
@@ -118,9 +119,38 @@ def test_input_gradient(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def test_int8_has_no_gradient() -> None:
-    of = layer().freeze(torch.int8)
+    of, x = layer().freeze(torch.int8), torch.randn(12, 4, requires_grad=True)
+    y = of(x)  # evaluation without torch.no_grad() works
+    assert torch.equal(y, of(x.detach()))
     with pytest.raises(RuntimeError, match="int8 tables are for inference"):
-        of(torch.randn(12, 4, requires_grad=True))
+        y.sum().backward()
+
+
+def test_int8_behind_trainable_parameters_is_exported() -> None:
+    # exporters trace with gradients enabled
+    model = LMKANMLP((4, 8, 2), precondition="relu_first").eval()
+    for of in lmkan_layers(model).values():
+        of.freeze(torch.int8)
+    x = torch.randn(20, 4)
+    program = torch.export.export(model, (x,))
+    assert torch.equal(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("master", ["keep", "cpu", "drop"])
+def test_layers_without_memory_keep_no_parameter(master: Literal["keep", "cpu", "drop"]) -> None:
+    skeleton, source = layer("meta").freeze(torch.float16, master), layer().freeze(torch.float16)
+    assert not list(skeleton.parameters())
+    skeleton.load_state_dict(source.state_dict(), assign=True)
+    assert source.frozen is not None
+    assert torch.equal(skeleton.unfreeze().func_parameter, source.frozen.values.float())
+
+
+def test_frozen_tables_are_in_evaluation_mode() -> None:
+    of = layer().freeze(torch.float16)
+    other = layer().train()
+    other.load_state_dict(of.state_dict())
+    assert [m.training for m in of.modules()] == [False, False]
+    assert [m.training for m in other.modules()] == [True, True]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -294,3 +324,25 @@ def test_kernels_run_on_a_gpu_and_in_a_graph(dtype: torch.dtype) -> None:
     y.zero_()
     graph.replay()
     assert error(y, right.double().cpu()) <= 1e-6  # parts of sums are added in any order
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tables_that_hooks_bring_for_each_call_are_used(dtype: torch.dtype) -> None:
+    # as accelerate offloads: every module's own tensors are there while its forward runs, else on meta
+    of, x = layer().freeze(dtype, master="drop"), torch.randn(12, 30)
+    kept = {name: dict(m.named_buffers(recurse=False)) for name, m in of.named_modules()}
+
+    def fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            module._buffers[name] = tensor
+
+    with torch.no_grad():
+        right = of(x)
+        for name, module in of.named_modules():
+            empty = {n: b.to("meta") for n, b in kept[name].items()}
+            module.register_forward_pre_hook(lambda m, _, there=kept[name]: fill(m, there))
+            module.register_forward_hook(lambda m, *_, gone=empty: fill(m, gone))
+            fill(module, empty)
+        for _ in range(2):
+            assert torch.equal(of(x), right)
+    assert all(b.is_meta for b in of.buffers())

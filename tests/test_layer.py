@@ -66,15 +66,6 @@ def test_initial_values(inputs: int, scale: float) -> None:
     assert torch.equal(layer.borders, knots(20))
 
 
-def test_parameter_and_buffer_are_float32_whatever_the_default() -> None:
-    torch.set_default_dtype(torch.float64)
-    try:
-        layer = LMKAN2DLayer(5, 4, 3)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert (layer.func_parameter.dtype, layer.borders.dtype) == (torch.float32, torch.float32)
-
-
 def test_checkpoint_of_the_published_layer_loads_strictly() -> None:
     table = torch.randn(8, 8, 5, 3)
     # their knots may be rounded differently

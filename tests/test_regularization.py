@@ -31,6 +31,24 @@ def test_agrees_with_the_definition(grids: int) -> None:
     assert truth.relative_error(found, gradient) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layers_in_half_precision_are_regularised_in_float32(dtype: torch.dtype) -> None:
+    layer = LMKAN2DLayer(8, 6, 5, init_scale=50.0, dtype=dtype)
+    g = knots(8, torch.float64)
+    expected, gradient = truth.hessian(layer.func_parameter.detach().double(), g)
+    value = layer.get_hessian_regularization()
+    assert value.dtype == torch.float32
+    assert expected > torch.finfo(torch.float16).max  # as a sum of half precision it would be infinite
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    (value / expected).backward()
+    assert layer.func_parameter.grad is not None
+    assert layer.func_parameter.grad.dtype == dtype
+    assert (
+        truth.relative_error(layer.func_parameter.grad.double(), gradient / expected)
+        < 2 * torch.finfo(dtype).eps
+    )
+
+
 @pytest.mark.parametrize("grids", [3, 8, 15])
 def test_closed_forms(grids: int) -> None:
     g = knots(grids, torch.float64)

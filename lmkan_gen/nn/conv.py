@@ -34,7 +34,7 @@ class LMKANConv2d(nn.Module):
         init_scale: see `LMKAN2DLayer`.
         workspace_bytes: the largest copy of patches to make.
         device: where the parameters are made.
-        dtype: of the parameters; float32 by default.
+        dtype: of the parameters; torch's default dtype if None.
 
     Attributes:
         layer: the `LMKAN2DLayer` with ``in_channels * height * width`` inputs.

@@ -25,7 +25,7 @@ class LMKANLinear(BatchLastModule):
         batch_first: take ``[*, input_dim]`` instead of ``[input_dim, batch]``.
         init_scale: see `LMKAN2DLayer`.
         device: where the parameters are made.
-        dtype: of the parameters; float32 by default.
+        dtype: of the parameters; torch's default dtype if None.
 
     Attributes:
         layer: the `LMKAN2DLayer` that does the work.
@@ -138,7 +138,7 @@ class ReLUFirst(_Preconditioned):
         batch_first: take ``[*, input_dim]`` instead of ``[input_dim, batch]``.
         init_scale: see `LMKAN2DLayer`.
         device: where the parameters are made.
-        dtype: of the parameters; float32 by default.
+        dtype: of the parameters; torch's default dtype if None.
 
     Attributes:
         layer: the `LMKAN2DLayer`.
@@ -170,7 +170,7 @@ class BatchLastNorm(nn.Module):
         features: number of rows.
         momentum: of the running statistics.
         device: where the statistics are kept.
-        dtype: of the statistics; float32 by default.
+        dtype: of the statistics; torch's default dtype if None.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class LMKANBlock(BatchLastModule):
             inputs are standardised.
         batch_first: take ``[*, input_dim]`` instead of ``[input_dim, batch]``.
         device: where the parameters are made.
-        dtype: of the parameters; float32 by default.
+        dtype: of the parameters; torch's default dtype if None.
 
     Attributes:
         norm: `BatchLastNorm` or `nn.Identity`.
@@ -256,7 +256,7 @@ class LMKANMLP(BatchLastModule):
         batch_first: take ``[*, inputs]`` instead of ``[inputs, batch]``. Inside, the batch is always last:
             the first layer reads samples as they lie, and nothing is transposed.
         device: where the parameters are made.
-        dtype: of the parameters; float32 by default.
+        dtype: of the parameters; torch's default dtype if None.
 
     Attributes:
         blocks: `nn.Sequential` of batch-last `LMKANBlock`.

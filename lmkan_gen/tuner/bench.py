@@ -110,7 +110,7 @@ def _with_outputs(
 ) -> dict[str, Tensor]:
     buffers = make_inputs(operation, shape, device, seed=0, table=table)
     for name, size in output_shapes(operation, shape).items():
-        buffers[name] = torch.zeros(size, device=device)
+        buffers[name] = torch.zeros(size, device=device, dtype=torch.float32)
     return buffers
 
 

@@ -48,10 +48,10 @@ class Peaks(BaseModel):
 def measure_peaks(device: torch.device) -> Peaks:
     """Measure them; takes below a second."""
     n = _MATRIX[device.type]
-    source = torch.empty(_COPY_BYTES // 4, device=device)
+    source = torch.empty(_COPY_BYTES // 4, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
     source.zero_()
-    a, b, c = (torch.randn(n, n, device=device) for _ in range(3))
+    a, b, c = (torch.randn(n, n, device=device, dtype=torch.float32) for _ in range(3))
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

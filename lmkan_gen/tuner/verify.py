@@ -66,7 +66,7 @@ def make_inputs(
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device)
+        return torch.randn(size, generator=generator, device=device, dtype=torch.float32)
 
     borders = grid.knots(shape.grids).to(device)
     buffers = {
@@ -139,7 +139,7 @@ class _Guarded:
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         size = torch.Size(shape).numel()
-        self._memory = torch.full((size + 2 * _GUARD,), _CANARY, device=device)
+        self._memory = torch.full((size + 2 * _GUARD,), _CANARY, device=device, dtype=torch.float32)
         self.tensor = self._memory[_GUARD : _GUARD + size].view(shape).fill_(float("nan"))
 
     def intact(self) -> bool:

@@ -7,12 +7,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, init_empty_weights, load_checkpoint_and_dispatch
+from accelerate import Accelerator, cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lmkan_gen.nn import LMKANMLP, LMKANLinear, lmkan_layers
+from lmkan_gen.nn import LMKANMLP, LMKANConv2d, LMKANLinear, lmkan_layers
 from tests.clients.checks import close, falls, outputs, require, run, samples
 
 
@@ -97,10 +97,52 @@ def dispatched(table_dtype: torch.dtype | None) -> str:
         return close(outputs(loaded, x), expected, 0)
 
 
+def offloaded() -> str:
+    """load_checkpoint_and_dispatch leaves tables on a disk until they are needed, frozen ones too"""
+    x, _ = samples(512)
+    for table_dtype in (None, torch.float16, torch.int8):
+        model = network()
+        for _ in range(3):
+            model(x)  # statistics of batch norm
+        if table_dtype is not None:
+            freeze(model, table_dtype)
+        expected = outputs(model, x)
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "model.safetensors")
+            save_file(model.state_dict(), path)
+            with init_empty_weights(include_buffers=True):
+                empty = network()
+                if table_dtype is not None:
+                    freeze(empty, table_dtype)
+            loaded = load_checkpoint_and_dispatch(
+                empty,
+                path,
+                device_map={"0": "cpu", "1": "disk", "2": "disk"},
+                offload_folder=f"{folder}/tables",
+                offload_buffers=True,
+            )
+            tables = [
+                t for name, t in loaded.state_dict().items() if "func_parameter" in name or "values" in name
+            ]
+            require(len(tables) == 3 and all(t.is_meta for t in tables), "tables are in memory")
+            for _ in range(2):
+                close(outputs(loaded, x), expected, 0)
+    return "float32, float16 and int8, equal bits"
+
+
+def offloaded_convolution() -> str:
+    """cpu_offload serves convolutions that it is told to load as a whole"""
+    model, x = nn.Sequential(LMKANConv2d(3, 4, 3, num_grids=8), nn.Flatten()), torch.randn(2, 3, 8, 8)
+    expected = outputs(model, x)
+    # a convolution reads the table of its layer, but does not call the layer
+    found = cpu_offload(model, torch.device("cpu"), True, preload_module_classes=["LMKANConv2d"])
+    return close(outputs(found, x), expected, 0)
+
+
 def freeze(model: nn.Module, table_dtype: torch.dtype) -> None:
     """Freeze every lmKAN layer."""
     for layer in lmkan_layers(model.eval()).values():
-        layer.freeze(table_dtype, master="drop")
+        layer.freeze(table_dtype)
 
 
 def dispatched_float32() -> str:
@@ -171,5 +213,7 @@ if __name__ == "__main__":
         dispatched_float16,
         dispatched_int8,
         replaced_float16,
+        offloaded,
+        offloaded_convolution,
         mistaken,
     )

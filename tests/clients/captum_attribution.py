@@ -13,7 +13,7 @@ from captum.attr import (
 from torch import Tensor, nn
 
 from lmkan_gen import convert
-from lmkan_gen.nn import LMKANBlock, hessian_penalty
+from lmkan_gen.nn import LMKANBlock, hessian_penalty, lmkan_layers
 from tests.clients.checks import close, outputs, require, run, samples
 
 INPUTS, STEPS = 4, 1000
@@ -48,6 +48,17 @@ def integrated() -> str:
     options = {"target": 0, "n_steps": STEPS, "method": "riemann_middle"}
     found = IntegratedGradients(model).attribute(x, baseline, **options)
     require(found.abs().mean(0).min().item() > 1e-3, "an input is never attributed anything")
+    return close(found.sum(1), changes(model, x, baseline), 2e-3)
+
+
+def frozen() -> str:
+    """Integrated gradients of a network with float16 tables add up to the change of its output"""
+    model = network()
+    for layer in lmkan_layers(model).values():
+        layer.freeze(torch.float16)
+    x, baseline = samples(50, INPUTS)[0], torch.full((1, INPUTS), 0.1)
+    options = {"target": 0, "n_steps": STEPS, "method": "riemann_middle"}
+    found = IntegratedGradients(model).attribute(x, baseline, **options)
     return close(found.sum(1), changes(model, x, baseline), 2e-3)
 
 
@@ -113,4 +124,4 @@ def salient() -> str:
 
 
 if __name__ == "__main__":
-    run(integrated, of_a_layer, converted, ablated, shared, salient)
+    run(integrated, frozen, of_a_layer, converted, ablated, shared, salient)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 from torch_geometric.loader import DataLoader
-from torch_geometric.nn import GINConv, NNConv, global_add_pool
+from torch_geometric.nn import GINConv, NNConv, SAGEConv, global_add_pool, to_hetero
 
-from lmkan_gen.nn import LMKANMLP, LMKANLinear
+from lmkan_gen.nn import LMKANMLP, LMKANBlock, LMKANLinear, lmkan_layers
 from tests.clients.checks import close, falls, require, run
 
 FEATURES = 3
@@ -104,5 +104,41 @@ def differentiated() -> str:
     return close(exact, numeric, 1e-6)
 
 
+class Plain(nn.Module):
+    """Convolutions for one kind of node, with an lmKAN layer and a block between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = SAGEConv((-1, -1), 16)
+        self.linear = LMKANLinear(16, 16)
+        self.block = LMKANBlock(16, 16, precondition="relu_first")
+        self.last = SAGEConv((-1, -1), 4)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        """Four numbers per node."""
+        y: Tensor = self.last(self.block(self.linear(self.first(x, edges))), edges)
+        return y
+
+
+def heterogeneous() -> str:
+    """to_hetero makes layers for each kind of node of a network that it traces, and all are trained"""
+    people, places = torch.randn(20, FEATURES), torch.randn(30, FEATURES + 2)
+    edges = torch.stack([torch.randint(20, (60,)), torch.randint(30, (60,))])
+    kinds = [("person", "visits", "place"), ("place", "visited", "person")]
+    x = {"person": people, "place": places}
+    links = {kinds[0]: edges, kinds[1]: edges.flip(0)}
+    model = to_hetero(Plain(), (list(x), kinds))
+    with torch.no_grad():
+        model(x, links)  # SAGEConv learns its widths
+    model.train()
+    sum(y.square().sum() for y in model(x, links).values()).backward()
+    layers = lmkan_layers(model)
+    require(len(layers) == 4, f"there are {sorted(layers)}")
+    for name, layer in layers.items():
+        grad = layer.func_parameter.grad
+        require(grad is not None and bool(grad.any()), f"{name} has no gradient")
+    return f"{len(layers)} layers"
+
+
 if __name__ == "__main__":
-    run(trained, symmetric, differentiated)
+    run(trained, symmetric, differentiated, heterogeneous)

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lmkan_gen.fitting import FittingSchedule
 from lmkan_gen.fitting.lightning import FittingCallback
-from lmkan_gen.nn import LMKANMLP, LMKANBlock, ReLUFirst, hessian_penalty
+from lmkan_gen.nn import LMKANMLP, LMKANBlock, ReLUFirst, hessian_penalty, lmkan_layers
 from tests.clients.checks import close, falls, require, run, samples
 
 SAMPLES, BATCH, EPOCHS = 256, 64, 6
@@ -28,9 +29,10 @@ SAMPLES, BATCH, EPOCHS = 256, 64, 6
 class Regressor(LightningModule):  # type: ignore[misc]  # Any, to mypy
     """A network with a squared error, and its losses."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, adaptive: bool) -> None:
         super().__init__()
         self.network = network
+        self.adaptive = adaptive
         self.losses: list[float] = []
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -41,7 +43,9 @@ class Regressor(LightningModule):  # type: ignore[misc]  # Any, to mypy
         return loss
 
     def configure_optimizers(self) -> Optimizer:
-        """Momentum: steps in proportion to gradients, where Adam makes long steps of rounding errors."""
+        """Adam, or where runs are compared steps in proportion to gradients: Adam's magnify rounding."""
+        if self.adaptive:
+            return torch.optim.Adam(self.parameters(), lr=1e-2)
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
@@ -73,14 +77,22 @@ class Data(LightningDataModule):  # type: ignore[misc]  # Any, to mypy
         return DataLoader(self.samples, batch_size=BATCH // count, sampler=sampler)
 
 
-def schedule(model: nn.Module, optimizer: Optimizer) -> FittingSchedule:
-    """Strong enough a regularisation that counting it twice, or not at all, shows."""
-    return FittingSchedule.two_phase(model, optimizer, steps=EPOCHS, hessian=1e-2)
+def fit(
+    network: nn.Module,
+    epochs: int = EPOCHS,
+    resume: str | None = None,
+    *,
+    steps: int = EPOCHS,
+    adaptive: bool = False,
+    **options: Any,
+) -> Regressor:
+    """Train ``network``, on a schedule of ``steps`` epochs, and return the module around it."""
+    model = Regressor(network, adaptive)
 
+    def schedule(fitted: nn.Module, optimizer: Optimizer) -> FittingSchedule:
+        # strong enough a regularisation that counting it twice, or not at all, shows
+        return FittingSchedule.two_phase(fitted, optimizer, steps=steps, hessian=1e-2)
 
-def fit(network: nn.Module, epochs: int = EPOCHS, resume: str | None = None, **options: Any) -> Regressor:
-    """Train ``network`` and return the module around it."""
-    model = Regressor(network)
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -129,11 +141,41 @@ def distributed() -> str:
 
 
 def mixed() -> str:
-    """bf16-mixed makes the loss fall, and parameters stay float32"""
-    model = fit(seeded(with_statistics), epochs=25, precision="bf16-mixed")
+    """bf16-mixed makes the loss fall as float32 does, on bfloat16 inputs, and parameters stay float32"""
+    network, seen = seeded(with_statistics), set()
+    lmkan_layers(network)["1.blocks.0.lmkan.layer"].register_forward_pre_hook(
+        lambda _, arguments: seen.add(arguments[0].dtype)
+    )
+    options: dict[str, Any] = {"epochs": 40, "steps": 40, "adaptive": True}
+    model = fit(network, **options, precision="bf16-mixed")
+    require(seen == {torch.bfloat16}, f"the first layer saw {seen}")
     dtypes = {p.dtype for p in model.parameters()}
     require(dtypes == {torch.float32}, f"parameters have dtypes {dtypes}")
-    return falls(model.losses, 0.2)
+    single = fit(seeded(with_statistics), **options)
+    return f"{falls(model.losses, 1e-2)}, in float32 {falls(single.losses, 1e-2)}"
+
+
+def halved() -> str:
+    """bf16-true makes the loss fall with parameters in bfloat16, regularised by the fitting callback"""
+    options: dict[str, Any] = {"epochs": 40, "steps": 40, "adaptive": True}
+    model = fit(seeded(with_statistics), **options, precision="bf16-true")
+    dtypes = {p.dtype for p in model.parameters()}
+    require(dtypes == {torch.bfloat16}, f"parameters have dtypes {dtypes}")
+    return falls(model.losses, 2e-2)
+
+
+def summarised() -> str:
+    """The summary counts each table once, and twice the FLOPs of linear layers"""
+    model = Regressor(LMKANMLP((4, 16, 1), num_grids=8), adaptive=True)
+    model.example_input_array = torch.randn(8, 4)
+    model.forward = model.network.forward
+    summary = ModelSummary(model, max_depth=-1)
+    parameters, flops = 9 * 9 * (2 * 16 + 8), 2 * 2 * 8 * (4 * 16 + 16)
+    require(
+        summary.total_parameters == parameters, f"{summary.total_parameters} parameters, not {parameters}"
+    )
+    require(summary.total_flops == flops, f"{summary.total_flops} FLOPs, not {flops}")
+    return f"{parameters} parameters, {flops} FLOPs"
 
 
 def resumed() -> str:
@@ -159,4 +201,4 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         ddp_worker(sys.argv[1])
     else:
-        run(distributed, mixed, resumed)
+        run(distributed, mixed, halved, resumed, summarised)

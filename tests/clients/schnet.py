@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import typing
-
 import torch
-import torch.utils.data.dataloader as dataloader
 from ase.build import molecule
 from torch import Tensor, nn
 
 from lmkan_gen.nn import LMKANMLP, lmkan_layers
 from tests.clients.checks import close, falls, require, run
+from tests.clients.repairs import make_schnetpack_importable
 
-if not hasattr(dataloader, "T_co"):
-    # schnetpack 2.1.1 imports a type variable from there that torch 2.13 calls otherwise
-    dataloader.T_co = typing.TypeVar("T_co", covariant=True)  # type: ignore[attr-defined]
-import schnetpack.atomistic
-import schnetpack.model
-import schnetpack.nn
-import schnetpack.representation
-from schnetpack import properties
+make_schnetpack_importable()
+import schnetpack.atomistic  # noqa: E402
+import schnetpack.model  # noqa: E402
+import schnetpack.nn  # noqa: E402
+import schnetpack.representation  # noqa: E402
+from schnetpack import properties  # noqa: E402
 
 CUTOFF = 5.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tempfile
 
 import numpy as np
 import torch
@@ -67,6 +68,17 @@ def copied() -> str:
     return close(pickle.loads(pickle.dumps(fitted)).predict(x), fitted.predict(x), 0)
 
 
+def saved() -> str:
+    """Parameters saved as safetensors load into a fresh estimator"""
+    x, y = (a.astype(np.float32) for a in data(200))
+    x = StandardScaler().fit_transform(x)
+    fitted, fresh = estimator().set_params(max_epochs=3).fit(x, y), estimator().initialize()
+    with tempfile.TemporaryDirectory() as folder:
+        fitted.save_params(f_params=f"{folder}/model.safetensors", use_safetensors=True)
+        fresh.load_params(f_params=f"{folder}/model.safetensors", use_safetensors=True)
+    return close(fresh.predict(x), fitted.predict(x), 0)
+
+
 def stopped() -> str:
     """Early stopping ends with the parameters that were best on held-out samples"""
     (x, y), (unseen, expected) = (tuple(t.numpy() for t in samples(count)) for count in (400, 200))
@@ -82,4 +94,4 @@ def stopped() -> str:
 
 
 if __name__ == "__main__":
-    run(searched, copied, stopped)
+    run(searched, copied, saved, stopped)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +12,13 @@ from torch import Tensor, nn
 from lmkan_gen import convert
 from lmkan_gen.nn import LMKANBlock, lmkan_layers
 from tests.clients.checks import close, falls, outputs, require, run
+from tests.clients.repairs import make_torchvision_importable
 
-try:
-    import torchvision  # noqa: F401
-except RuntimeError:
-    # Beside a CPU wheel of torch the libraries of PyPI's torchvision cannot be loaded, and its import stops
-    # at the first of their operators. timm needs torchvision's Python code alone: schemas are enough.
-    LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        LIBRARY.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    for module in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[module]
-import timm
-from timm.models import load_checkpoint
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
+make_torchvision_importable()
+import timm  # noqa: E402
+from timm.models import create_feature_extractor, load_checkpoint  # noqa: E402
+from timm.optim import create_optimizer_v2  # noqa: E402
+from timm.utils import ModelEmaV3  # noqa: E402
 
 CLASSES = 4
 
@@ -102,5 +94,31 @@ def trained() -> str:
     return f"{falls(losses, 0.3)}, {right:.0%} right"
 
 
+def extracted() -> str:
+    """Features are extracted in front of and behind an lmKAN head, by tracing the network"""
+    model = timm.create_model("resnet10t", num_classes=CLASSES)
+    model.fc = LMKANBlock(model.num_features, CLASSES, num_grids=8)
+    model.eval()
+    x, _ = images(8)
+    with torch.no_grad():
+        found = create_feature_extractor(model, {"global_pool": "pooled", "fc": "logits"})(x)
+        pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    close(found["pooled"].flatten(1), pooled, 0)
+    return close(found["logits"], outputs(model, x), 0)
+
+
+def checkpointed() -> str:
+    """Gradient checkpointing does not change the gradients of a converted vision transformer"""
+    network: Any = convert(transformer(), num_grids=8)
+    x, _ = images(8)
+    grads = []
+    for enabled in (False, True):
+        network.set_grad_checkpointing(enabled)
+        network.zero_grad()
+        network(x).square().sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    return close(grads[1], grads[0], 0)
+
+
 if __name__ == "__main__":
-    run(converted, trained)
+    run(converted, trained, extracted, checkpointed)

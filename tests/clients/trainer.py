@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lmkan_gen.nn import LMKANMLP, lmkan_layers
+from lmkan_gen.nn import LMKANMLP, LMKANBlock, lmkan_layers
 from tests.clients.checks import close, falls, require, run, samples
 
 INPUTS = 4
@@ -37,16 +39,33 @@ class LMKANRegressor(PreTrainedModel):  # type: ignore[misc]  # Any, to mypy
     def __init__(self, config: LMKANConfig) -> None:
         super().__init__(config)
         widths = (INPUTS, config.width, 1)
-        self.network = LMKANMLP(widths, num_grids=8, precondition="relu_first")
+        self.network: torch.nn.Module = LMKANMLP(widths, num_grids=8, precondition="relu_first")
         if config.table_dtype is not None:
             freeze(self, config.table_dtype)
         self.post_init()
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
         """``[samples, 4]`` -> ``[samples, 1]``."""
-        y = self.network(x)
+        y = self.network(x.to(self.dtype))  # Trainer casts models for half precision, but not the data
         loss = None if labels is None else torch.nn.functional.mse_loss(y, labels)
         return SequenceClassifierOutput(loss=loss, logits=y)
+
+
+class Block(GradientCheckpointingLayer, LMKANBlock):  # type: ignore[misc]  # Any, to mypy
+    """A block that computes its insides again in the backward pass if the user wants that."""
+
+
+class CheckpointingRegressor(LMKANRegressor):
+    """The same of such blocks."""
+
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: LMKANConfig) -> None:
+        super().__init__(config)
+        self.network = torch.nn.Sequential(
+            Block(INPUTS, config.width, normalize=False), Block(config.width, 1)
+        )
+        self.post_init()
 
 
 def freeze(model: LMKANRegressor, table_dtype: str) -> None:
@@ -69,7 +88,13 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"x": self.x[index], "labels": self.y[index]}
 
 
-def train(folder: str, steps: int, resume: str | None = None) -> tuple[LMKANRegressor, list[float]]:
+def train(
+    folder: str,
+    steps: int,
+    resume: str | None = None,
+    kind: type[LMKANRegressor] = LMKANRegressor,
+    **options: Any,
+) -> tuple[LMKANRegressor, list[float]]:
     """A network after so many optimiser steps on the same data in the same order, and its losses."""
     torch.manual_seed(1)
     arguments = TrainingArguments(
@@ -84,11 +109,41 @@ def train(folder: str, steps: int, resume: str | None = None) -> tuple[LMKANRegr
         use_cpu=True,
         disable_tqdm=True,
         seed=1,
+        **options,
     )
-    model = LMKANRegressor(LMKANConfig())
+    model = kind(LMKANConfig())
     trainer = Trainer(model=model, args=arguments, train_dataset=Samples(512))
     trainer.train(resume_from_checkpoint=resume)
     return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def checkpointed() -> str:
+    """Gradient checkpointing does not change the training"""
+    with tempfile.TemporaryDirectory() as folder:
+        _, expected = train(f"{folder}/plain", 20, kind=CheckpointingRegressor)
+        model, losses = train(
+            f"{folder}/checkpointed", 20, kind=CheckpointingRegressor, gradient_checkpointing=True
+        )
+        blocks = [m for m in model.modules() if isinstance(m, Block)]
+        require(all(b.gradient_checkpointing for b in blocks), "blocks are not checkpointed")
+        return close(losses, expected, 0)
+
+
+def evaluated_in_half_precision() -> str:
+    """Evaluation in bfloat16 and in float16 gives the loss of float32"""
+    words = []
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = train(f"{folder}/run", 20)
+        data = Samples(256)
+        expected = torch.nn.functional.mse_loss(predict(model, data.x), data.y)
+        for name, tolerance in {"bf16": 3e-2, "fp16": 3e-3}.items():
+            options: dict[str, Any] = {f"{name}_full_eval": True}
+            arguments = TrainingArguments(folder, report_to=[], use_cpu=True, disable_tqdm=True, **options)
+            trainer = Trainer(model=copy.deepcopy(model), args=arguments, eval_dataset=data)
+            loss = trainer.evaluate()["eval_loss"]
+            require(trainer.model.dtype != torch.float32, "evaluation was in float32")
+            words.append(f"{name} {close(loss, expected, tolerance)}")
+    return ", ".join(words)
 
 
 def predict(model: PreTrainedModel, x: Tensor) -> Tensor:
@@ -165,6 +220,20 @@ def reloaded_int8() -> str:
     return reloaded_frozen("int8")
 
 
+def sharded() -> str:
+    """from_pretrained gives the outputs of a model with frozen tables that was saved in several files"""
+    x, _ = samples(100, INPUTS)
+    with tempfile.TemporaryDirectory() as folder:
+        model = LMKANRegressor(LMKANConfig(width=64))
+        freeze(model, "float16")
+        model.save_pretrained(folder, max_shard_size="20KB")
+        files = len(list(Path(folder).glob("*.safetensors")))
+        require(files > 1, f"there are {files} files")
+        other, report = LMKANRegressor.from_pretrained(folder, output_loading_info=True)
+        require_complete(report)
+        return f"{files} files, {close(predict(other, x), predict(model, x), 0)}"
+
+
 def table_dtypes(model: PreTrainedModel) -> set[torch.dtype]:
     """Element types of the tables in a model's state dict."""
     return {t.dtype for name, t in model.state_dict().items() if name.endswith("frozen.values")}
@@ -191,4 +260,15 @@ def require_complete(report: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
-    run(trained, resumed, reloaded, reloaded_half, reloaded_float16, reloaded_int8, mistaken)
+    run(
+        trained,
+        resumed,
+        checkpointed,
+        evaluated_in_half_precision,
+        reloaded,
+        reloaded_half,
+        reloaded_float16,
+        reloaded_int8,
+        sharded,
+        mistaken,
+    )
