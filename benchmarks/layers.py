@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.common import DeviceOption, OutputOption, ShapeOption, choose_device, choose_shapes, write_csv
 from lmkan_gen import device as devices
 from lmkan_gen import dispatch
-from lmkan_gen.families import Demand
+from lmkan_gen.call import Call
 from lmkan_gen.forms import Forms
 from lmkan_gen.problem import LayerShape, Operation, TableDtype, packs_once
 from lmkan_gen.tuner.bench import rotated_buffers
@@ -242,7 +242,7 @@ def time_lmkan(
         for buffers in rotated:
             buffers |= {n: buffers[n].T.contiguous().T for n in ("x", "grad", "grad_x") if n in buffers}
     constant = packs_once(operation, table)
-    execute = partial(dispatch.execute, operation, shape, device, Demand(), table=table, constant=constant)
+    execute = partial(dispatch.execute, Call(operation, shape, device, table=table, constant=constant))
     if constant:  # a frozen layer keeps the forms of its table
         calls = [partial(execute, buffers, forms=Forms(buffers["words"])) for buffers in rotated]
     else:

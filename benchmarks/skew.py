@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.common import DeviceOption, OutputOption, ShapeOption, choose_device, choose_shapes, write_csv
 from lmkan_gen import device as devices
 from lmkan_gen import dispatch, reference
-from lmkan_gen.families import Demand
+from lmkan_gen.call import Call
 from lmkan_gen.grid import coordinates
 from lmkan_gen.problem import LayerShape, Operation, TableDtype
 from lmkan_gen.tuner.bench import rotated_buffers
@@ -120,7 +120,7 @@ def measure_row(shape: LayerShape, device: torch.device, deterministic: bool, op
     """Time and check all distributions on one shape."""
     torch.manual_seed(0)
     rotated = rotated_buffers(Operation.BACKWARD, shape, device)
-    execute = partial(dispatch.execute, Operation.BACKWARD, shape, device, Demand(), table=operands)
+    execute = partial(dispatch.execute, Call(Operation.BACKWARD, shape, device, table=operands))
     timings: dict[str, Timing] = {}
     errors = {}
     for _ in range(ROUNDS):

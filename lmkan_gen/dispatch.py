@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lmkan_gen import device as devices
 from lmkan_gen import hessian_reference, packing, reference
+from lmkan_gen.call import Call
 from lmkan_gen.families import Demand, family
 from lmkan_gen.forms import Forms
 from lmkan_gen.launch import native
@@ -76,7 +77,8 @@ class Used:
         return f"{words}; plain torch ran instead: {self.fallback}" if self.fallback else words
 
 
-_Key = tuple[Operation, LayerShape, torch.device, Demand, TableDtype, bool, bool, bool, bool, int]
+#: a call, whether kernels are disabled, and the limit of workspaces
+_Key = tuple[Call, bool, int]
 
 
 @dataclass(frozen=True)
@@ -98,96 +100,57 @@ _workspace_limit: int | None = None
 
 
 def execute(
-    operation: Operation,
-    shape: LayerShape,
-    device: torch.device,
-    demand: Demand,
-    buffers: Buffers,
-    table: TableDtype = TableDtype.FLOAT32,
-    rounded: RoundedTable | None = None,
-    forms: Forms | None = None,
-    constant: bool = False,
+    call: Call, buffers: Buffers, rounded: RoundedTable | None = None, forms: Forms | None = None
 ) -> None:
-    """Run one operation on float32 buffers, reproducibly if torch is asked for deterministic algorithms.
+    """Run a call on float32 buffers, reproducibly if torch is asked for deterministic algorithms.
 
     Args:
-        operation: what to compute. ``BACKWARD`` computes both gradients, in whichever way is faster.
-        shape: sizes of the call; they must be those of the buffers.
-        device: where the buffers are.
-        demand: tile and block sizes to be honoured.
+        call: what to compute. Its shape and device must be those of the buffers. Whether it is deterministic
+            is taken from torch, and how ``x`` lies from ``x``.
         buffers: tensors by the names of `lmkan_gen.plan.LaunchPlan`: ``x``, ``table``, ``borders``, for
             gradients ``grad``, and so on, and the outputs, which need no initialisation. All contiguous but
             ``x`` and ``grad``, of any strides, and ``grad_x``, without gaps and in the order of ``x``.
-        table: element type of the tables to compute with.
-        rounded: the table, of that type, in place of ``table`` among the buffers.
+        rounded: the table, of the call's type, in place of ``table`` among the buffers.
         forms: where other orders of this very table are kept; None: they are made for this call.
-        constant: whether the table stays as it is for many calls, so that arranging it for them pays.
 
     Raises:
         ValueError: the demand cannot be honoured, the device is neither a CPU nor a CUDA device, the table
             cannot be packed, or ``LMKAN_GEN_WORKSPACE`` is not a number of mebibytes.
     """
-    if shape.batch == 0:
+    if call.shape.batch == 0:
         if "grad_table" in buffers:
             buffers["grad_table"].zero_()
         return
     deterministic = torch.are_deterministic_algorithms_enabled()
     strided = "x" in buffers and not buffers["x"].is_contiguous()
-    found = _find(operation, shape, device, demand, table, deterministic, constant, strided)
+    if (deterministic, strided) != (call.deterministic, call.strided):
+        call = replace(call, deterministic=deterministic, strided=strided)
+    found = _find(call)
     buffers = packing.arranged(buffers, found.reads, found.table, rounded, forms)
     for run in found.runs:
         run(buffers)
     if None not in found.parts:
-        native.start(device, _for_native)
+        native.start(call.device, _for_native)
 
 
-def _find(
-    operation: Operation,
-    shape: LayerShape,
-    device: torch.device,
-    demand: Demand,
-    table: TableDtype,
-    deterministic: bool,
-    constant: bool,
-    strided: bool,
-) -> _Prepared:
+def _find(call: Call) -> _Prepared:
     """What runs for a call; prepared where it is not known."""
-    flags = (deterministic, constant, strided)
-    key = (operation, shape, device, demand, table, *flags, kernels_disabled(), workspace_limit())
+    key = (call, kernels_disabled(), workspace_limit())
     found = _prepared.get(key)
     if found is None:
         if len(_prepared) >= _CAPACITY:
             _prepared.pop(next(iter(_prepared)))
-        found = _prepared[key] = _prepare(operation, shape, device, demand, table, *flags)
+        found = _prepared[key] = _prepare(call)
     return found
 
 
-def _for_native(asked: native.Asked) -> Sequence[native.Part] | None:
+def _for_native(call: Call) -> Sequence[native.Part] | None:
     """The plans of a call of the native launcher."""
-    tiled = asked.device.type == "cuda" and (asked.tile or asked.block or asked.fast)
-    found = _find(
-        asked.operation,
-        asked.shape,
-        asked.device,
-        Demand(asked.tile or None, asked.block or None, asked.fast) if tiled else Demand(),
-        asked.table,
-        asked.deterministic,
-        asked.constant,
-        asked.strided,
-    )
+    found = _find(call)
     return None if None in found.parts else [part for part in found.parts if part is not None]
 
 
-def explain(
-    operation: Operation,
-    shape: LayerShape,
-    device: torch.device,
-    demand: Demand | None = None,
-    table: TableDtype = TableDtype.FLOAT32,
-    deterministic: bool = False,
-    constant: bool = False,
-    strided: bool = False,
-) -> list[Choice]:
+def explain(call: Call) -> list[Choice]:
     """What `execute` would choose: one choice, or two where the gradients are computed apart.
 
     Nothing is compiled or run, so a kernel named here may still turn out not to compile; `used`
@@ -199,15 +162,21 @@ def explain(
     from lmkan_gen import selection
 
     problem = Problem(
-        operation, shape, devices.of(device), table, deterministic, constant, workspace_limit(), strided
+        call.operation,
+        call.shape,
+        devices.of(call.device),
+        call.table,
+        call.deterministic,
+        call.constant,
+        workspace_limit(),
+        call.strided,
     )
-    demand = demand or Demand()
     if kernels_disabled():
         tier = selection.Tier.REFERENCE
         return [selection.Choice(problem, None, {}, tier, f"{DISABLE_VARIABLE} is set")]
-    if operation is Operation.BACKWARD:
-        return list(selection.select_backward(problem, demand))
-    return [selection.select(problem, demand)]
+    if call.operation is Operation.BACKWARD:
+        return list(selection.select_backward(problem, call.demand))
+    return [selection.select(problem, call.demand)]
 
 
 def used() -> list[Used]:
@@ -293,22 +262,14 @@ def kernels_disabled() -> bool:
     return os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0")
 
 
-def _prepare(
-    operation: Operation,
-    shape: LayerShape,
-    device: torch.device,
-    demand: Demand,
-    table: TableDtype,
-    deterministic: bool,
-    constant: bool,
-    strided: bool,
-) -> _Prepared:
+def _prepare(call: Call) -> _Prepared:
     runs, records, parts = [], [], []
-    for choice in explain(operation, shape, device, demand, table, deterministic, constant, strided):
-        run, part, fallback = _prepare_choice(choice, shape, device)
+    for choice in explain(call):
+        run, part, fallback = _prepare_choice(choice, call.shape, call.device)
         runs.append(run)
         parts.append(part)
-        records.append(Used(choice.problem.operation, shape, device, demand, choice, fallback))
+        operation = choice.problem.operation
+        records.append(Used(operation, call.shape, call.device, call.demand, choice, fallback))
     return _Prepared(
         tuple(runs),
         tuple(records),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lmkan_gen import dispatch, packing, reference
-from lmkan_gen.families import Demand
+from lmkan_gen.call import Call
 from lmkan_gen.forms import forms_of, keep_forms
 from lmkan_gen.operators import (
     Differentiable,
@@ -115,9 +115,8 @@ def _execute(operation: Operation, buffers: dict[str, Tensor], values: Tensor, s
     x, outputs, grids = buffers["x"], values.shape[2], values.shape[0] - 1
     table = RoundedTable(values.contiguous(), None if scales is None else scales.contiguous())
     shape = LayerShape(x.shape[0], outputs, grids, x.shape[1])
-    dispatch.execute(
-        operation, shape, x.device, Demand(), buffers, table.dtype, table, forms_of(values), constant=True
-    )
+    call = Call(operation, shape, x.device, table=table.dtype, constant=True)
+    dispatch.execute(call, buffers, table, forms_of(values))
 
 
 def _forward(x: Tensor, values: Tensor, scales: Tensor | None, borders: Tensor) -> Tensor:

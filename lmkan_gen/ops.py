@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lmkan_gen import dispatch, reference
+from lmkan_gen.call import Call
 from lmkan_gen.families import Demand
 from lmkan_gen.forms import forms_of, keep_forms
 from lmkan_gen.operators import (
@@ -226,10 +227,10 @@ def _execute(
     """Run kernels on a float32 or narrow table; ``source`` is ``table`` without gaps."""
     dtype, device = TableDtype(table_dtype or own_dtype(table)), buffers["x"].device
     if dtype is TableDtype.FLOAT32 and source.dtype == torch.float32:
-        dispatch.execute(operation, shape, device, demand, {**buffers, "table": source})
+        dispatch.execute(Call(operation, shape, device, demand), {**buffers, "table": source})
         return
     rounded = round_table(source, dtype)
-    dispatch.execute(operation, shape, device, demand, buffers, dtype, rounded, forms_of(table))
+    dispatch.execute(Call(operation, shape, device, demand, dtype), buffers, rounded, forms_of(table))
 
 
 def _forward_fake(x: Tensor, table: Tensor, borders: Tensor, *_: object) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lmkan_gen import dispatch, hessian_reference
-from lmkan_gen.families import Demand
+from lmkan_gen.call import Call
 from lmkan_gen.operators import Differentiable, below_autograd, one_by_one, primals, register
 from lmkan_gen.ops import HALVES
 from lmkan_gen.problem import LayerShape, Operation
@@ -77,7 +77,7 @@ def _execute(operation: Operation, table: Tensor, borders: Tensor, **others: Ten
         table = table.clone()  # a view into something larger
     shape = LayerShape(2 * table.shape[3], table.shape[2], table.shape[0] - 1, batch=1)
     buffers = {"table": table, "borders": borders.contiguous(), **others}
-    dispatch.execute(operation, shape, table.device, Demand(), buffers)
+    dispatch.execute(Call(operation, shape, table.device), buffers)
 
 
 _LIBRARY = torch.library.Library("lmkan_gen", "FRAGMENT")

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks import layers, training
 from lmkan_gen import dispatch, knots
+from lmkan_gen.call import Call
 from lmkan_gen.device import Device
-from lmkan_gen.families import Demand
 from lmkan_gen.problem import LayerShape, Operation
 from lmkan_gen.tuner.measure import Timing
 from tests import truth
@@ -255,7 +255,7 @@ def test_skew_sees_wrong_gradients() -> None:
         )
         b = {"x": x, "table": table, "grad": grad, "borders": borders}
         b |= {"grad_x": torch.empty_like(x), "grad_table": torch.empty_like(table)}
-        dispatch.execute(Operation.BACKWARD, LayerShape(8, 6, 5, 64), torch.device("cpu"), Demand(), b)
+        dispatch.execute(Call(Operation.BACKWARD, LayerShape(8, 6, 5, 64), torch.device("cpu")), b)
         assert error(b) < 1e-5
         for name in ("grad_x", "grad_table"):
             wrong = b[name].clone()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lmkan_gen import device, dispatch, knots, launch, reference, set_workspace_limit
+from lmkan_gen.call import Call
 from lmkan_gen.families import Demand
 from lmkan_gen.launch import native
 from lmkan_gen.plan import KernelSpec, Launch, LaunchPlan, Stride, strides
@@ -94,7 +95,7 @@ def buffers(shape: LayerShape = SHAPE) -> dict[str, Tensor]:
 
 def run(operation: Operation = Operation.FORWARD, shape: LayerShape = SHAPE) -> dict[str, Tensor]:
     b = buffers(shape)
-    dispatch.execute(operation, shape, CPU, Demand(), b)
+    dispatch.execute(Call(operation, shape, CPU), b)
     return b
 
 
@@ -109,7 +110,7 @@ def test_prepares_once_per_shape(launcher: FakeLauncher) -> None:
 
 def test_records_what_ran(launcher: FakeLauncher) -> None:
     run()
-    dispatch.execute(Operation.BACKWARD, SHAPE, CPU, Demand(), buffers())
+    dispatch.execute(Call(Operation.BACKWARD, SHAPE, CPU), buffers())
     assert [(u.operation, u.kernel, u.fallback) for u in dispatch.used()] == [
         (Operation.FORWARD, "fake", None),
         (Operation.GRAD_INPUT, "fake", None),
@@ -190,7 +191,7 @@ def test_empty_batch_needs_no_kernel(launcher: FakeLauncher, operation: Operatio
     b = buffers(LayerShape(6, 4, 5, 0))
     if operation is Operation.GRAD_INPUT:
         del b["grad_table"]
-    dispatch.execute(operation, LayerShape(6, 4, 5, 0), CPU, Demand(), b)
+    dispatch.execute(Call(operation, LayerShape(6, 4, 5, 0), CPU), b)
     assert launcher.prepared == []
     if "grad_table" in b:
         assert (b["grad_table"] == 0).all()
@@ -205,7 +206,7 @@ def test_refusals_pass_through(launcher: FakeLauncher, monkeypatch: pytest.Monke
         with pytest.raises(ValueError, match="tile size 16 does not fit"):
             run()
     with pytest.raises(ValueError, match="device meta is not supported"):
-        dispatch.execute(Operation.FORWARD, SHAPE, torch.device("meta"), Demand(), {})
+        dispatch.execute(Call(Operation.FORWARD, SHAPE, torch.device("meta")), {})
 
 
 def test_prepared_kernels_are_bounded(launcher: FakeLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,13 +217,13 @@ def test_prepared_kernels_are_bounded(launcher: FakeLauncher, monkeypatch: pytes
 
 
 def test_explain(launcher: FakeLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
-    (choice,) = dispatch.explain(Operation.FORWARD, SHAPE, CPU)
+    (choice,) = dispatch.explain(Call(Operation.FORWARD, SHAPE, CPU))
     assert (choice.family, choice.problem.device) == ("fake", device.cpu())
-    assert len(dispatch.explain(Operation.BACKWARD, SHAPE, CPU)) == 2
+    assert len(dispatch.explain(Call(Operation.BACKWARD, SHAPE, CPU))) == 2
     assert launcher.prepared == []
     assert dispatch.used() == []
     monkeypatch.setenv(dispatch.DISABLE_VARIABLE, "1")
-    (choice,) = dispatch.explain(Operation.BACKWARD, SHAPE, CPU)
+    (choice,) = dispatch.explain(Call(Operation.BACKWARD, SHAPE, CPU))
     assert (choice.family, choice.tier) == (None, Tier.REFERENCE)
 
 
@@ -230,7 +231,7 @@ def test_explain(launcher: FakeLauncher, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_workspace_from_the_environment(monkeypatch: pytest.MonkeyPatch, text: str, mebibytes: int) -> None:
     monkeypatch.setenv(dispatch.WORKSPACE_VARIABLE, text)
     assert dispatch.workspace_limit() == mebibytes << 20
-    (choice,) = dispatch.explain(Operation.FORWARD, SHAPE, CPU)
+    (choice,) = dispatch.explain(Call(Operation.FORWARD, SHAPE, CPU))
     assert choice.problem.workspace == mebibytes << 20
 
 
@@ -238,7 +239,7 @@ def test_workspace_from_the_environment(monkeypatch: pytest.MonkeyPatch, text: s
 def test_workspace_that_is_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv(dispatch.WORKSPACE_VARIABLE, text)
     with pytest.raises(ValueError, match=r"LMKAN_GEN_WORKSPACE is .*, must be a positive number of MiB"):
-        dispatch.explain(Operation.FORWARD, SHAPE, CPU)
+        dispatch.explain(Call(Operation.FORWARD, SHAPE, CPU))
 
 
 @pytest.mark.parametrize("asked", [(), strides("x")])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lmkan_gen import LMKAN2DLayer, dispatch, knots, lmkan
+from lmkan_gen.call import Call
 from lmkan_gen.families import Demand
 from lmkan_gen.problem import LayerShape, Operation
 from tests import published_values as published
@@ -36,7 +37,7 @@ class Backend:
     def _run(self, operation: Operation, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         table, x = inputs["table"], inputs["x"]
         shape = LayerShape(x.shape[0], table.shape[2], table.shape[0] - 1, x.shape[1])
-        dispatch.execute(operation, shape, self.device, self.demand, inputs | outputs)
+        dispatch.execute(Call(operation, shape, self.device, self.demand), inputs | outputs)
 
     def _poisoned(self, *shape: int) -> Tensor:
         return torch.full(shape, torch.nan, device=self.device)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from lmkan_gen import dispatch, knots, lmkan, reference
+from lmkan_gen.call import Call
 from lmkan_gen.problem import Operation
 from tests import truth
 
@@ -36,9 +37,9 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[Operation]:
     seen: list[Operation] = []
     execute = dispatch.execute
 
-    def spy(operation: Operation, *arguments: Any, **more: Any) -> None:
-        seen.append(operation)
-        execute(operation, *arguments, **more)
+    def spy(call: Call, *arguments: Any) -> None:
+        seen.append(call.operation)
+        execute(call, *arguments)
 
     monkeypatch.setattr(dispatch, "execute", spy)
     return seen

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lmkan_gen import LMKAN2DLayer, dispatch, packing, reference, selection
+from lmkan_gen.call import Call
 from lmkan_gen.device import target
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 
@@ -60,9 +61,9 @@ def test_only_a_frozen_table_counts_as_constant(monkeypatch: pytest.MonkeyPatch)
     seen: list[bool] = []
     execute = dispatch.execute
 
-    def spy(*arguments: Any, constant: bool = False, **more: Any) -> None:
-        seen.append(constant)
-        execute(*arguments, **more)
+    def spy(call: Call, *arguments: Any) -> None:
+        seen.append(call.constant)
+        execute(call, *arguments)
 
     monkeypatch.setattr(dispatch, "execute", spy)
     monkeypatch.setenv(dispatch.DISABLE_VARIABLE, "1")

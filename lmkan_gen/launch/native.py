@@ -22,29 +22,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from lmkan_gen.call import Call
 from lmkan_gen.plan import KernelSpec, LaunchPlan
-from lmkan_gen.problem import LayerShape, Operation, TableDtype
+from lmkan_gen.problem import TableDtype
 
 if TYPE_CHECKING:
     from lmkan_gen.launch.service import Service
 
 VARIABLE = "LMKAN_GEN_LAUNCHER"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A call that the library wants plans for."""
-
-    operation: Operation
-    shape: LayerShape
-    device: torch.device
-    tile: int
-    block: int
-    fast: bool
-    table: TableDtype
-    deterministic: bool
-    constant: bool
-    strided: bool
 
 
 @dataclass(frozen=True)
@@ -59,7 +44,7 @@ class Part:
 class Prepare(Protocol):
     """Chooses kernels for a call; None where plain torch runs."""
 
-    def __call__(self, asked: Asked) -> Sequence[Part] | None: ...
+    def __call__(self, call: Call) -> Sequence[Part] | None: ...
 
 
 #: what computes an operator in Python

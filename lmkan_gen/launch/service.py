@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from lmkan_gen import forms, packing, toolchain
+from lmkan_gen.call import Call
+from lmkan_gen.families import Demand
 from lmkan_gen.launch import cpu, cuda
-from lmkan_gen.launch.native import VARIABLE, Asked, Part, Prepare, implementations, raised
+from lmkan_gen.launch.native import VARIABLE, Part, Prepare, implementations, raised
 from lmkan_gen.packing import RoundedTable
 from lmkan_gen.plan import Fill, KernelSpec, Stride, TensorMap
 from lmkan_gen.problem import LayerShape, Operation, TableDtype
@@ -112,9 +114,9 @@ class Service:
         try:
             if os.environ.get(VARIABLE) == "python":
                 return 0
-            asked = _asked(numbers)
-            parts = self._prepare(asked) or ()
-            written = [_written(part, asked) for part in parts]
+            call = _call(numbers)
+            parts = self._prepare(call) or ()
+            written = [_written(part, call) for part in parts]
             if any(one is None for one in written):
                 return 0
             for part, one in zip(parts, written, strict=True):
@@ -185,19 +187,17 @@ class Service:
         return 0
 
 
-def _asked(numbers: Any) -> Asked:
+def _call(numbers: Any) -> Call:
     operation, inputs, outputs, grids, batch, on_cuda, index, tile, block, fast, table, flags = numbers[0:12]
-    return Asked(
+    return Call(
         _OPERATIONS[operation],
         LayerShape(inputs, outputs, grids, batch),
         torch.device("cuda", index) if on_cuda else torch.device("cpu"),
-        tile,
-        block,
-        bool(fast),
+        Demand(tile or None, block or None, bool(fast)),
         _DTYPES[table],
-        bool(flags & 1),
-        bool(flags & 2),
-        bool(flags & 4),
+        deterministic=bool(flags & 1),
+        constant=bool(flags & 2),
+        strided=bool(flags & 4),
     )
 
 
@@ -220,21 +220,21 @@ class _Written:
     forms: tuple[str, ...]
 
 
-def _written(part: Part, asked: Asked) -> _Written | None:
+def _written(part: Part, call: Call) -> _Written | None:
     """``part`` in the library's order of numbers; None if it is more than the library has room for."""
     plan, on_cuda = part.plan, part.spec.is_cuda
     known = set(_BUFFERS)
-    if asked.table is not TableDtype.FLOAT32:
+    if call.table is not TableDtype.FLOAT32:
         known.remove("table")  # plans mean one in float32
     made = tuple(sorted(plan.buffers - known))
-    if made and asked.table is TableDtype.FLOAT32 and not asked.constant:
+    if made and call.table is TableDtype.FLOAT32 and not call.constant:
         return None
     places = {name: i for i, name in enumerate(_BUFFERS)}
     places |= {name: len(_BUFFERS) + i for i, name in enumerate(made)}
     places |= {w.name: len(_BUFFERS) + len(made) + i for i, w in enumerate(plan.workspaces)}
     maps = sorted(plan.tensor_maps, key=repr)
     steps: Sequence[cuda.Start | Fill | cpu.Start] = (
-        cuda.starts(part.spec, plan, asked.device) if on_cuda else cpu.starts(part.spec, plan)
+        cuda.starts(part.spec, plan, call.device) if on_cuda else cpu.starts(part.spec, plan)
     )
     dense = plan.buffers - {s.buffer for s in plan.strides}
     numbers: list[int] = [int(name not in dense) for name in ("x", "grad", "grad_x")]
