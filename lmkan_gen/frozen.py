@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from lmkan_gen import dispatch, packing, reference
 from lmkan_gen.call import Call
 from lmkan_gen.forms import forms_of, keep_forms
+from lmkan_gen.launch import native
 from lmkan_gen.operators import (
     Differentiable,
     below_autograd,
-    called,
     longer_batch,
     primals,
     register,
@@ -37,6 +37,7 @@ _LIBRARY = torch.library.Library("lmkan_gen", "FRAGMENT")
 _LIBRARY.define("frozen_forward(Tensor x, Tensor values, Tensor? scales, Tensor borders) -> Tensor")
 _LIBRARY.define("frozen_grad_input(Tensor grad, Tensor x, Tensor values, Tensor borders) -> Tensor")
 _forward_op = torch.ops.lmkan_gen.frozen_forward.default
+_forward_kernel = _forward_op._op  # without what operators do in Python before they are called
 _grad_input_op = torch.ops.lmkan_gen.frozen_grad_input.default
 
 
@@ -60,8 +61,11 @@ def frozen_lmkan(x: Tensor, values: Tensor, scales: Tensor | None, borders: Tens
         if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
             y: Tensor = _Forward.apply(x, values, scales, borders)  # type: ignore[attr-defined]
             return y
-        with torch._C._AutoDispatchBelowAutograd():
-            computed: Tensor = called(_forward_op, x, values, scales, borders)
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                computed: Tensor = _forward_kernel(x, values, scales, borders)
+        except RuntimeError as error:
+            raise native.cause(error) from None
         return computed
     wanted = torch.float32 if autocasts(x) else x.dtype
     if x.dtype in HALVES:

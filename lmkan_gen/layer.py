@@ -115,13 +115,14 @@ class LMKAN2DLayer(BatchLastModule):
         self.tile_size_backward = tile_size_backward
         self.init_scale = init_scale
         self.backward_fast_mode = backward_fast_mode
-        self._options = (
+        options = (
             tile_size_forward or 0,
             block_size_forward or 0,
             tile_size_backward or 0,
             block_size_backward or 0,
             backward_fast_mode,
         )
+        self._options = options if any(options) else ()
         side = num_grids + 1
         dtype = check_dtype(dtype)
         self.func_parameter = nn.Parameter(
@@ -189,11 +190,15 @@ class LMKAN2DLayer(BatchLastModule):
                 holds something else than the grid.
             TypeError: wrong dtype.
         """
+        if (  # the usual call, with less on its way
+            type(x) is Tensor and not self.batch_first and x.dim() == 2 and x.shape[0] == self.input_dim
+        ):
+            return self.batch_last(x)
         return super().forward(x)
 
     def batch_last(self, x: Tensor) -> Tensor:
         """``[input_dim, batch]`` -> ``[output_dim, batch]``."""
-        if isinstance(x, Proxy):
+        if type(x) is not Tensor and isinstance(x, Proxy):
             raise TypeError(
                 "torch.fx traces an LMKAN2DLayer as a leaf of a model, not by itself: "
                 "trace torch.nn.Sequential(layer)"
@@ -208,7 +213,7 @@ class LMKAN2DLayer(BatchLastModule):
         table = self._parameters.get("func_parameter")
         if table is None:  # it is parametrized
             table = self.func_parameter
-        return lmkan(x, table, borders, *self._options)
+        return lmkan(x, table, borders, *self._options) if self._options else lmkan(x, table, borders)
 
     def freeze(self, table_dtype: torch.dtype, master: Literal["keep", "cpu", "drop"] = "keep") -> Self:
         """Declare the table constant and compute with it as ``table_dtype`` from now on.

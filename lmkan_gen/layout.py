@@ -96,17 +96,17 @@ class BatchLastModule(nn.Module):
             ValueError: wrong shape.
             TypeError: wrong dtype.
         """
-        if isinstance(x, Proxy):
-            node = leaf(self, x) if self.is_leaf else None
-            if node is None:
-                node = _trace_batch_last(self.batch_last, x, self.input_dim, self.batch_first)
-            return node
-        if x.dim() == 2:  # usual, and cheaper by some microseconds
+        if type(x) is Tensor and x.dim() == 2:  # usual, and cheaper by some microseconds
             if not self.batch_first:
                 if x.shape[0] == self.input_dim:
                     return self.batch_last(x)
             elif x.shape[1] == self.input_dim:
                 return self.batch_last(x.t()).t()
+        if isinstance(x, Proxy):
+            node = leaf(self, x) if self.is_leaf else None
+            if node is None:
+                node = _trace_batch_last(self.batch_last, x, self.input_dim, self.batch_first)
+            return node
         return apply_batch_last(self.batch_last, x, self.input_dim, self.batch_first)
 
     def batch_last(self, x: Tensor) -> Tensor:

@@ -89,10 +89,7 @@ def called(op: Any, *arguments: Any) -> Any:
     try:
         return op(*arguments)
     except RuntimeError as error:
-        raised = native.cause(error)
-        if raised is error:
-            raise
-    raise raised
+        raise native.cause(error) from None
 
 
 def register(

@@ -19,10 +19,10 @@ from lmkan_gen import dispatch, reference
 from lmkan_gen.call import Call
 from lmkan_gen.families import Demand
 from lmkan_gen.forms import forms_of, keep_forms
+from lmkan_gen.launch import native
 from lmkan_gen.operators import (
     Differentiable,
     below_autograd,
-    called,
     longer_batch,
     primals,
     register,
@@ -50,6 +50,8 @@ _LIBRARY.define(
 )
 _forward_op = torch.ops.lmkan_gen.forward.default
 _backward_op = torch.ops.lmkan_gen.backward.default
+#: the same without what operators do in Python before they are called
+_forward_kernel, _backward_kernel = _forward_op._op, _backward_op._op
 _tangent_op = torch.ops.lmkan_gen.tangent.default
 _double_backward_op = torch.ops.lmkan_gen.double_backward.default
 
@@ -98,9 +100,13 @@ def lmkan(
             device, or a tile or block size does not fit the device.
         TypeError: the dtypes differ or are neither float32 nor float64.
     """
-    options = (tile_forward, block_forward, tile_backward, block_backward, fast)
     if table_dtype is None and x.dtype is torch.float32 and runs_eagerly(x, table, borders):
-        return run_eagerly(x, table, borders, *options) if any(options) else run_eagerly(x, table, borders)
+        if tile_forward or block_forward or tile_backward or block_backward or fast:
+            return run_eagerly(
+                x, table, borders, tile_forward, block_forward, tile_backward, block_backward, fast
+            )
+        return run_eagerly(x, table, borders)
+    options = (tile_forward, block_forward, tile_backward, block_backward, fast)
     wanted = x.dtype
     if table_dtype is None and autocasts(x):
         table_dtype, x = _name(torch.get_autocast_dtype(x.device.type)), x.float()
@@ -116,8 +122,11 @@ def run_eagerly(x: Tensor, table: Tensor, borders: Tensor, *options: Any) -> Ten
     if torch.is_grad_enabled() and (x.requires_grad or table.requires_grad):
         y: Tensor = _Eager.apply(x, table, borders, *options)  # type: ignore[attr-defined]
         return y
-    with torch._C._AutoDispatchBelowAutograd():
-        computed: Tensor = called(_forward_op, x, table, borders, *options)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            computed: Tensor = _forward_kernel(x, table, borders, *options)
+    except RuntimeError as error:
+        raise native.cause(error) from None
     return computed
 
 
@@ -394,8 +403,11 @@ class _Eager(Differentiable):
         ctx.save_for_backward(x, table, borders)
         ctx.set_materialize_grads(False)
         ctx.options = options[2:]
-        with torch._C._AutoDispatchBelowAutograd():
-            y: Tensor = called(_forward_op, x, table, borders, *options)
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                y: Tensor = _forward_kernel(x, table, borders, *options)
+        except RuntimeError as error:
+            raise native.cause(error) from None
         return y
 
     @staticmethod
@@ -408,8 +420,11 @@ class _Eager(Differentiable):
         if torch.is_grad_enabled():  # to be differentiated again
             grad_x, grad_table = _backward_op(*arguments)
         else:
-            with torch._C._AutoDispatchBelowAutograd():
-                grad_x, grad_table = called(_backward_op, *arguments)
+            try:
+                with torch._C._AutoDispatchBelowAutograd():
+                    grad_x, grad_table = _backward_kernel(*arguments)
+            except RuntimeError as error:
+                raise native.cause(error) from None
         return grad_x if needs[0] else None, grad_table if needs[1] else None, *nothing
 
 
