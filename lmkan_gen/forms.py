@@ -85,9 +85,16 @@ def kept_at(address: int) -> tuple[Tensor, Forms] | None:
     """The table at an address in memory and its forms, if they are kept."""
     for reference, forms in list(_kept.values()):
         table = reference()
-        if table is not None and table.data_ptr() == address:
+        if table is not None and _has_memory(table) and table.data_ptr() == address:
             return table, forms
     return None
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is neither a meta nor a fake one, nor a wrapper of another."""
+    if type(tensor) is not Tensor or tensor.is_meta:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _states(of: Tensor, scales: Tensor | None) -> tuple[tuple[int, int], ...] | None:
@@ -99,7 +106,7 @@ def _states(of: Tensor, scales: Tensor | None) -> tuple[tuple[int, int], ...] | 
 
 def _state(of: Tensor) -> tuple[int, int] | None:
     """What changes when the tensor is written to, as far as torch tells; None: it does not tell."""
-    if of.is_inference() or type(of) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(of):
+    if of.is_inference() or not _has_memory(of):
         return None
     return of._version, of.data_ptr()
 
