@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lmkan_gen import dispatch, packing, reference
+from lmkan_gen.dtensor import beside
 from lmkan_gen.families import Demand
 from lmkan_gen.forms import forms_of, keep_forms
 from lmkan_gen.operators import Differentiable, below_autograd, longer_batch, primals, register
@@ -55,7 +56,7 @@ def frozen_lmkan(x: Tensor, table: RoundedTable, borders: Tensor) -> Tensor:
     wanted = torch.float32 if autocasts(x) else x.dtype
     if x.dtype in HALVES:
         x = x.float()
-    y: Tensor = _forward_op(x, table.values, table.scales, borders)
+    y: Tensor = _forward_op(x, table.values, table.scales, beside(table.values, borders))
     return y if y.dtype == wanted else y.to(wanted)
 
 

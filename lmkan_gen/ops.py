@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lmkan_gen import dispatch, reference
+from lmkan_gen.dtensor import beside, is_dtensor
 from lmkan_gen.families import Demand
 from lmkan_gen.forms import forms_of, keep_forms
 from lmkan_gen.operators import Differentiable, below_autograd, longer_batch, primals, register
@@ -30,14 +31,16 @@ _LIBRARY.define(
     "forward(Tensor x, Tensor table, Tensor borders, int tile_forward, int block_forward, "
     "int tile_backward, int block_backward, bool fast, str table_dtype) -> Tensor"
 )
+# What is needed is declared int, not bool: `register_sharding` tells calls apart by the first int argument
+# and all that follow, and would take the shapes of one call's outputs for another's.
 _LIBRARY.define(
-    "backward(Tensor grad, Tensor x, Tensor table, Tensor borders, bool need_x, bool need_table, "
+    "backward(Tensor grad, Tensor x, Tensor table, Tensor borders, int need_x, int need_table, "
     "int tile, int block, bool fast, str table_dtype, Tensor? rounded=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.define("tangent(Tensor v_x, Tensor x, Tensor table, Tensor borders) -> Tensor")
 _LIBRARY.define(
     "double_backward(Tensor? v_x, Tensor? v_table, Tensor grad, Tensor x, Tensor table, Tensor borders, "
-    "bool need_grad, bool need_x, bool need_table) -> (Tensor, Tensor, Tensor)"
+    "int need_grad, int need_x, int need_table) -> (Tensor, Tensor, Tensor)"
 )
 _forward_op = torch.ops.lmkan_gen.forward.default
 _backward_op = torch.ops.lmkan_gen.backward.default
@@ -89,6 +92,7 @@ def lmkan(
             device, or a tile or block size does not fit the device.
         TypeError: the dtypes differ or are neither float32 nor float64.
     """
+    borders = beside(table, borders)
     wanted = x.dtype
     if table_dtype is None and autocasts(x):
         table_dtype, x = _name(torch.get_autocast_dtype(x.device.type)), x.float()
@@ -395,6 +399,8 @@ class _Backward(Differentiable):
     def backward(ctx: Any, v_x: Tensor | None, v_table: Tensor | None) -> tuple[Tensor | None, ...]:
         v_x, v_table = (v if needed else None for v, needed in zip((v_x, v_table), ctx.needed, strict=True))
         needs = ctx.needs_input_grad[:3]
+        if v_x is None and is_dtensor(ctx.saved_tensors[1]):
+            v_x = torch.zeros_like(ctx.saved_tensors[1])  # torch 2.11 wants a DTensor as first argument
         found = _double_backward_op(v_x, v_table, *ctx.saved_tensors, *needs)
         wanted = (t if needed else None for t, needed in zip(found, needs, strict=True))
         return (*wanted, *(None,) * (ctx.inputs - 3))

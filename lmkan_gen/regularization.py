@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lmkan_gen import dispatch, hessian_reference
+from lmkan_gen.dtensor import beside
 from lmkan_gen.families import Demand
 from lmkan_gen.operators import Differentiable, below_autograd, one_by_one, primals, register
 from lmkan_gen.problem import LayerShape, Operation
@@ -49,7 +50,7 @@ def hessian_regularization(table: Tensor, borders: Tensor) -> Tensor:
     """
     if borders.requires_grad:
         raise ValueError("borders requires a gradient, but the grid is fixed; pass borders.detach()")
-    value: Tensor = _hessian_op(table, borders)
+    value: Tensor = _hessian_op(table, beside(table, borders))
     return value
 
 
