@@ -38,6 +38,15 @@ def like(other: Tensor, value: Tensor) -> Tensor:
     return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
+def graded_alike(tensor: Tensor) -> Tensor:
+    """The same, with a gradient that is placed as it is: FSDP2 adds its own to that, part by part."""
+    if not is_dtensor(tensor):
+        return tensor
+    dtensor: Any = tensor
+    same: Tensor = dtensor.redistribute(placements=dtensor.placements)
+    return same
+
+
 def whole(tensor: Tensor) -> Tensor:
     """An ordinary tensor of all elements."""
     if not is_dtensor(tensor):

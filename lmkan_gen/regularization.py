@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lmkan_gen import dispatch, hessian_reference
-from lmkan_gen.dtensor import beside
+from lmkan_gen.dtensor import beside, graded_alike
 from lmkan_gen.families import Demand
 from lmkan_gen.operators import Differentiable, below_autograd, one_by_one, primals, register
 from lmkan_gen.problem import LayerShape, Operation
@@ -41,7 +41,8 @@ def hessian_regularization(table: Tensor, borders: Tensor) -> Tensor:
         borders: ``[G+1]``, the knots, in increasing order.
 
     Returns:
-        A scalar tensor of the dtype of ``table``.
+        A scalar tensor of the dtype of ``table``; a `DTensor` if that is one, whose ``full_tensor()`` adds to
+        a loss that is none.
 
     Raises:
         ValueError: shapes or devices do not belong together, the device is neither a CPU nor a CUDA
@@ -50,7 +51,7 @@ def hessian_regularization(table: Tensor, borders: Tensor) -> Tensor:
     """
     if borders.requires_grad:
         raise ValueError("borders requires a gradient, but the grid is fixed; pass borders.detach()")
-    value: Tensor = _hessian_op(table, beside(table, borders))
+    value: Tensor = _hessian_op(graded_alike(table), beside(table, borders))
     return value
 
 

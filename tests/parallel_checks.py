@@ -73,9 +73,9 @@ def spread(mesh: DeviceMesh, tensor: Tensor, placement: Placement, leaf: bool = 
     return distribute_tensor(tensor, mesh, [placement]).detach().requires_grad_(leaf)
 
 
-def whole(tensor: Any) -> Tensor:
+def whole(tensor: Any, detach: bool = True) -> Tensor:
     full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach()
+    return full.detach() if detach else full
 
 
 def near(found: Any, expected: Tensor, tolerance: float = 1e-12) -> None:
@@ -230,7 +230,21 @@ def regulariser(mesh: DeviceMesh) -> None:
             limit = 1e-12 if dtype == torch.float64 else 1e-5
             assert abs(whole(found).item() - value) <= limit * value
             assert leaf.grad is not None
+            assert placed(leaf.grad) == [placement]
             assert truth.relative_error(whole(leaf.grad).cpu(), 3 * gradient) <= limit
+
+
+@check
+def regulariser_of_fully_sharded_tables(mesh: DeviceMesh) -> None:
+    plain = pair_of_layers(mesh.device_type, torch.float64, mesh.size())
+    sharded = copy.deepcopy(plain)
+    for layer in (*sharded, sharded):
+        fully_shard(layer, mesh=mesh)
+    x = torch.randn(40, 6, dtype=torch.float64, device=mesh.device_type)
+    for model in (plain, sharded):
+        (model(x).square().mean() + 1e-3 * whole(hessian_penalty(model), detach=False)).backward()
+    for found, expected in zip(sharded.parameters(), plain.parameters(), strict=True):
+        near(found.grad, expected.grad)  # type: ignore[arg-type]
 
 
 def layer_of(kind: str, inputs: int, outputs: int) -> LMKAN2DLayer | LMKANLinear:
@@ -298,6 +312,15 @@ def pair_of_layers(device: str, dtype: torch.dtype, n: int) -> nn.Sequential:
 
 
 BOTH: dict[str, Any] = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+
+
+@check
+def one_after_the_other_communicate_once(mesh: DeviceMesh) -> None:
+    model = pair_of_layers(mesh.device_type, torch.float32, mesh.size())
+    parallelize_module(model, mesh, BOTH)
+    with CommDebugMode() as communication:
+        model(torch.randn(40, 6, device=mesh.device_type)).sum().backward()
+    assert communication.get_total_counts() == 1
 
 
 @check
@@ -384,7 +407,8 @@ def states(mesh: DeviceMesh) -> None:
     for name, tensor in plain.state_dict().items():
         found: Any = full[name]
         assert torch.equal(found, tensor), name
-    directory = [tempfile.mkdtemp() if mesh.get_rank() == 0 else ""]
+    files = tempfile.TemporaryDirectory()  # that of the first process is used
+    directory = [files.name]
     dist.broadcast_object_list(directory)
     save(parallel.state_dict(), checkpoint_id=directory[0])
     # the same table in other parts, and in one
@@ -395,6 +419,7 @@ def states(mesh: DeviceMesh) -> None:
         load(model.state_dict(), checkpoint_id=directory[0])
         for name, tensor in plain.state_dict().items():
             assert torch.equal(whole(model.state_dict()[name]), tensor), name
+    dist.barrier()  # then the directory goes
 
 
 @check
