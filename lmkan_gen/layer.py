@@ -159,6 +159,8 @@ class LMKAN2DLayer(BatchLastModule):
     def reset_parameters(self) -> None:
         """Draw the table anew, uniform within ``+-init_scale / sqrt(input_dim)``, and restore the knots.
 
+        Of a table that is a `DTensor`, all processes have to call this.
+
         Raises:
             RuntimeError: the layer is frozen and has no ``func_parameter``.
         """

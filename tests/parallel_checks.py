@@ -79,6 +79,10 @@ def whole(tensor: Any, detach: bool = True) -> Tensor:
 
 
 def near(found: Any, expected: Tensor, tolerance: float = 1e-12) -> None:
+    assert found.shape == expected.shape, (
+        found.shape,
+        expected.shape,
+    )  # of a DTensor: what it says of itself
     found = whole(found)
     assert found.shape == expected.shape, (found.shape, expected.shape)
     assert found.dtype == expected.dtype, (found.dtype, expected.dtype)
@@ -426,7 +430,7 @@ def states(mesh: DeviceMesh) -> None:
 def drawn_anew(mesh: DeviceMesh) -> None:
     n = mesh.size()
     for style in (ColwiseParallel, RowwiseParallel):
-        layer = LMKANLinear(4 * n, 4 * n, GRIDS)
+        layer = LMKANLinear(4 * n, 4 * n, GRIDS, device=mesh.device_type)
         parallelize_module(layer, mesh, style())
         torch.manual_seed(3)  # equal seeds must not make shards equal
         layer.layer.reset_parameters()
@@ -443,9 +447,10 @@ def drawn_anew(mesh: DeviceMesh) -> None:
 
 @check
 def grids(mesh: DeviceMesh) -> None:
-    layer = LMKANLinear(4 * mesh.size(), 4, GRIDS)
+    device = mesh.device_type
+    layer = LMKANLinear(4 * mesh.size(), 4, GRIDS, device=device)
     parallelize_module(layer, mesh, RowwiseParallel(input_layouts=WHOLE))
-    exact, x = knots(GRIDS), torch.randn(BATCH, layer.input_dim)
+    exact, x = knots(GRIDS).to(device), torch.randn(BATCH, layer.input_dim, device=device)
     borders: Any = layer.layer.borders
     assert placed(borders) == [WHOLE]
     with torch.no_grad():
@@ -506,6 +511,11 @@ def together_with_fully_shard(mesh: DeviceMesh) -> None:
             optimizer.step()
     for found, expected in zip(parallel.parameters(), plain.parameters(), strict=True):
         near(found, expected, 1e-9)
+    torch.manual_seed(3)
+    for layer in parallel:
+        layer.layer.reset_parameters()  # type: ignore[union-attr, operator]
+        table = whole(layer.layer.func_parameter)  # type: ignore[union-attr]
+        assert table.unique().numel() == table.numel()  # no part is the copy of another
 
 
 @check
@@ -535,7 +545,7 @@ def work(rank: int, world: int, device: str, settings: dict[str, Any]) -> dict[s
         try:
             CHECKS[name](mesh)
             report[name] = ""
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             report[name] = f"rank {rank}: {traceback.format_exc()}"
             break  # others may be waiting for what this process was about to send
     return report
