@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lmkan_gen import dispatch, packing, reference
 from lmkan_gen.call import Call
+from lmkan_gen.dtensor import beside
 from lmkan_gen.forms import forms_of, keep_forms
 from lmkan_gen.launch import native
 from lmkan_gen.operators import (
@@ -70,7 +71,7 @@ def frozen_lmkan(x: Tensor, values: Tensor, scales: Tensor | None, borders: Tens
     wanted = torch.float32 if autocasts(x) else x.dtype
     if x.dtype in HALVES:
         x = x.float()
-    y = _forward_op(x, values, scales, borders)
+    y = _forward_op(x, values, scales, beside(values, borders))
     return y if y.dtype == wanted else y.to(wanted)
 
 

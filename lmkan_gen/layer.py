@@ -12,6 +12,7 @@ from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
 from lmkan_gen import packing
+from lmkan_gen.dtensor import draw_uniform, is_dtensor, like, whole
 from lmkan_gen.frozen import FREEZABLE, FREEZABLE_NAMES, FrozenTable
 from lmkan_gen.grid import knots
 from lmkan_gen.layout import BatchLastModule
@@ -165,6 +166,8 @@ class LMKAN2DLayer(BatchLastModule):
     def reset_parameters(self) -> None:
         """Draw the table anew, uniform within ``+-init_scale / sqrt(input_dim)``, and restore the knots.
 
+        Of a table that is a `DTensor`, all processes have to call this.
+
         Raises:
             RuntimeError: the layer is frozen and has no ``func_parameter``.
         """
@@ -172,7 +175,7 @@ class LMKAN2DLayer(BatchLastModule):
         if self.func_parameter is None:
             raise RuntimeError("a frozen layer without func_parameter cannot be drawn anew; call unfreeze()")
         bound = self.init_scale / math.sqrt(self.input_dim)
-        nn.init.uniform_(self.func_parameter, -bound, bound)
+        draw_uniform(self.func_parameter, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -317,8 +320,8 @@ class LMKAN2DLayer(BatchLastModule):
                 self.borders = borders.to(dtype)
             return
         exact = knots(self.num_grids).to(borders.device, dtype)
-        if borders.dtype != dtype or not torch.equal(borders, exact):
-            self.borders = exact
+        if borders.dtype != dtype or not torch.equal(whole(borders), exact):
+            self.borders = like(borders, exact)
         self._vetted = None
 
     def check_grid(self) -> None:
@@ -351,7 +354,7 @@ class LMKAN2DLayer(BatchLastModule):
         expected = knots(self.num_grids, torch.float64)
         if borders.shape != expected.shape:
             return f"has the shape {list(borders.shape)}, must be {list(expected.shape)}"
-        error = (borders.detach().to("cpu", torch.float64) - expected).abs().max().item()
+        error = (whole(borders.detach()).to("cpu", torch.float64) - expected).abs().max().item()
         rounding = torch.finfo(borders.dtype).eps if borders.is_floating_point() else 0.0
         if error <= 1e-4 + rounding * expected[-1].item():
             return None
@@ -459,7 +462,7 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 def _has_values(tensor: Tensor) -> bool:
     """Whether a buffer can be looked at: it is no meta or fake tensor, and nothing is traced or mapped."""
     return (
-        type(tensor) is Tensor
+        (type(tensor) is Tensor or is_dtensor(tensor))
         and not tensor.is_meta
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )

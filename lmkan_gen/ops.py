@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lmkan_gen import dispatch, reference
 from lmkan_gen.call import Call
+from lmkan_gen.dtensor import beside, is_dtensor
 from lmkan_gen.families import Demand
 from lmkan_gen.forms import forms_of, keep_forms
 from lmkan_gen.launch import native
@@ -39,14 +40,16 @@ _LIBRARY.define(
     "forward(Tensor x, Tensor table, Tensor borders, int tile_forward=0, int block_forward=0, "
     "int tile_backward=0, int block_backward=0, bool fast=False, str table_dtype='') -> Tensor"
 )
+# What is needed is declared int, not bool: `register_sharding` tells calls apart by the first int argument
+# and all that follow, and would take the shapes of one call's outputs for another's.
 _LIBRARY.define(
-    "backward(Tensor grad, Tensor x, Tensor table, Tensor borders, bool need_x, bool need_table, "
+    "backward(Tensor grad, Tensor x, Tensor table, Tensor borders, int need_x, int need_table, "
     "int tile=0, int block=0, bool fast=False, str table_dtype='', Tensor? rounded=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.define("tangent(Tensor v_x, Tensor x, Tensor table, Tensor borders) -> Tensor")
 _LIBRARY.define(
     "double_backward(Tensor? v_x, Tensor? v_table, Tensor grad, Tensor x, Tensor table, Tensor borders, "
-    "bool need_grad, bool need_x, bool need_table) -> (Tensor, Tensor, Tensor)"
+    "int need_grad, int need_x, int need_table) -> (Tensor, Tensor, Tensor)"
 )
 _forward_op = torch.ops.lmkan_gen.forward.default
 _backward_op = torch.ops.lmkan_gen.backward.default
@@ -107,6 +110,7 @@ def lmkan(
             )
         return run_eagerly(x, table, borders)
     options = (tile_forward, block_forward, tile_backward, block_backward, fast)
+    borders = beside(table, borders)
     wanted = x.dtype
     if table_dtype is None and autocasts(x):
         table_dtype, x = _name(torch.get_autocast_dtype(x.device.type)), x.float()
@@ -451,6 +455,8 @@ class _Backward(Differentiable):
     def backward(ctx: Any, v_x: Tensor | None, v_table: Tensor | None) -> tuple[Tensor | None, ...]:
         v_x, v_table = (v if needed else None for v, needed in zip((v_x, v_table), ctx.needed, strict=True))
         needs = ctx.needs_input_grad[:3]
+        if v_x is None and is_dtensor(ctx.saved_tensors[1]):
+            v_x = torch.zeros_like(ctx.saved_tensors[1])  # torch 2.11 wants a DTensor as first argument
         found = _double_backward_op(v_x, v_table, *ctx.saved_tensors, *needs)
         wanted = (t if needed else None for t, needed in zip(found, needs, strict=True))
         return (*wanted, *(None,) * (len(ctx.needs_input_grad) - 3))

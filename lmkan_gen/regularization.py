@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lmkan_gen import dispatch, hessian_reference
 from lmkan_gen.call import Call
+from lmkan_gen.dtensor import beside, graded_alike
 from lmkan_gen.operators import Differentiable, below_autograd, one_by_one, primals, register
 from lmkan_gen.ops import HALVES
 from lmkan_gen.problem import LayerShape, Operation
@@ -41,7 +42,8 @@ def hessian_regularization(table: Tensor, borders: Tensor) -> Tensor:
         borders: ``[G+1]``, the knots, in increasing order; float64 if the table is, else float32.
 
     Returns:
-        A scalar tensor of the dtype of ``borders``.
+        A scalar tensor of the dtype of ``borders``; a `DTensor` if the table is one, whose ``full_tensor()``
+        adds to a loss that is none.
 
     Raises:
         ValueError: shapes or devices do not belong together, the device is neither a CPU nor a CUDA
@@ -52,7 +54,7 @@ def hessian_regularization(table: Tensor, borders: Tensor) -> Tensor:
         table = table.float()
     if borders.requires_grad:
         raise ValueError("borders requires a gradient, but the grid is fixed; pass borders.detach()")
-    value: Tensor = _hessian_op(table, borders)
+    value: Tensor = _hessian_op(graded_alike(table), beside(table, borders))
     return value
 
 

@@ -1,59 +1,74 @@
-"""One process of a training run, sharded or alone, that prints its losses: run by `tests.test_sharded`."""
+"""One process of training runs, among several or alone, that reports losses: run by `tests.test_sharded`.
+
+A run alone does the sums of the processes in their order: gradients of each share of the batch, added over
+shares, divided by their number. Divisors are powers of two, so that both runs can be equal to the bit.
+"""
 
 from __future__ import annotations
 
-import json
-import sys
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from lmkan_gen.nn import LMKANMLP
+from tests.processes import main
 
-STEPS, BATCH = 12, 256
+STEPS, BATCH = 30, 256
 
 
 def target(x: Tensor) -> Tensor:
     return (x[:, :1] * x[:, 1:2]).tanh()
 
 
-def train(rank: int, world: int, device: str, sharded: bool, settings: dict[str, str]) -> list[float]:
-    """Losses of each step over the whole batch, then one of inference in float32."""
+def train(rank: int, world: int, device: str, settings: dict[str, str]) -> list[float]:
+    """Losses of each step over the whole batch, then one of inference in float32.
+
+    Settings: ``by`` (``"fsdp"``, ``"ddp"``; alone if left out), ``shares`` of the batch (one for each
+    process, or 1: all processes see all samples), ``accumulate`` so many gradients a step, ``autocast`` to a
+    dtype, ``param_dtype`` and ``reshard`` of FSDP2, and the backend to ``compile`` with.
+    """
+    torch.use_deterministic_algorithms(True)  # sums of one order, also on GPUs
     torch.manual_seed(0)
-    model = LMKANMLP((4, 16, 1), 6).to(device)
+    model: nn.Module = LMKANMLP((4, 16, 1), 6).to(device)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm1d):
             module.eval()  # statistics of a part of the batch would be others
-    if sharded:
-        policy = MixedPrecisionPolicy()
-        if "param_dtype" in settings:
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        keep = settings.get("reshard") == "no"
-        for block in model.blocks:
-            fully_shard(block, reshard_after_forward=not keep, mp_policy=policy)
-        fully_shard(model, reshard_after_forward=not keep, mp_policy=policy)
+    by = settings.get("by")
+    if by == "fsdp":
+        shard(model, settings)
     elif "param_dtype" in settings:
         settings = settings | {"autocast": settings["param_dtype"]}
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    if "compile" in settings:
+        model.compile(backend=settings["compile"], fullgraph=True)
+    if by == "ddp":
+        model = DistributedDataParallel(model)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
     autocast = getattr(torch, settings.get("autocast", "float32"))
-    parts = int(settings.get("accumulate", "1"))
+    shares, parts = int(settings["shares"]), int(settings.get("accumulate", "1"))
     generator = torch.Generator().manual_seed(1)
     losses: list[float] = []
-    for _ in range(STEPS + 1):
+    for step in range(STEPS + 1):
         x = torch.randn(BATCH, 4, generator=generator).to(device)
-        mine = x.chunk(world)[rank] if sharded else x
-        last = len(losses) == STEPS
+        last = step == STEPS
         total = torch.zeros((), device=device)
-        for piece in mine.chunk(parts):
-            enabled = not last and autocast != torch.float32
-            with torch.set_grad_enabled(not last), torch.autocast(device, autocast, enabled=enabled):
-                loss = (model(piece).float() - target(piece)).square().mean() / parts
-            if not last:
-                loss.backward()
-            total += loss.detach()
-        if sharded:
+        for pieces in zip(*(share.chunk(parts) for share in x.chunk(shares)), strict=True):
+            earlier = [p.grad for p in parameters]
+            if not by:
+                optimizer.zero_grad()
+            mine = [pieces[rank % shares]] if by else pieces
+            for piece in mine:
+                enabled = not last and autocast != torch.float32
+                with torch.set_grad_enabled(not last), torch.autocast(device, autocast, enabled=enabled):
+                    loss = (model(piece).float() - target(piece)).square().mean() / parts
+                if not last:
+                    loss.backward()
+                total += loss.detach() / len(mine)
+            if not by and not last:
+                add_over_shares(parameters, shares, earlier)
+        if by:
             dist.all_reduce(total)
             total /= world
         losses.append(total.item())
@@ -63,22 +78,30 @@ def train(rank: int, world: int, device: str, sharded: bool, settings: dict[str,
     return losses
 
 
-def main() -> None:
-    rank, world, rendezvous, device, settings = json.loads(sys.argv[1])
-    if rendezvous is None:
-        print(json.dumps(train(0, 1, device, False, settings)))
-        return
-    if device == "cuda":
-        torch.cuda.set_device(rank)
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    try:
-        losses = train(rank, world, device, True, settings)
-    finally:
-        dist.destroy_process_group()
-    if rank == 0:
-        print(json.dumps(losses))
+def shard(model: nn.Module, settings: dict[str, str]) -> None:
+    policy = MixedPrecisionPolicy()
+    if "param_dtype" in settings:
+        dtype = getattr(torch, settings["param_dtype"])
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    keep = settings.get("reshard") == "no"
+    assert isinstance(model, LMKANMLP)
+    for part in (*model.blocks, model):
+        fully_shard(part, reshard_after_forward=not keep, mp_policy=policy)
+
+
+def add_over_shares(parameters: list[nn.Parameter], shares: int, earlier: list[Tensor | None]) -> None:
+    """What processes do after each backward: average, then add to the gradients that are there."""
+    for parameter, before in zip(parameters, earlier, strict=True):
+        assert parameter.grad is not None
+        parameter.grad /= shares
+        if before is not None:
+            parameter.grad += before
+
+
+def train_all(rank: int, world: int, device: str, runs: dict[str, dict[str, str]]) -> dict[str, list[float]]:
+    """Losses of several runs by name."""
+    return {name: train(rank, world, device, settings) for name, settings in runs.items()}
 
 
 if __name__ == "__main__":
-    main()
+    main(train_all)
