@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lmkan_gen import LMKAN2DLayer, dispatch, knots, lmkan, set_workspace_limit
 from lmkan_gen.launch import native
+from lmkan_gen.nn import LMKANMLP, lmkan_layers
 from tests import layouts
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -260,6 +261,7 @@ CALL = """
 import torch, warnings
 from lmkan_gen import lmkan, knots
 from lmkan_gen.launch import native
+from lmkan_gen.nn import LMKANMLP, lmkan_layers
 {setup}
 x, t, b = torch.randn(4, 5), torch.randn(5, 5, 3, 2, requires_grad=True), knots(4)
 with warnings.catch_warnings(record=True) as caught:
@@ -300,3 +302,82 @@ def test_a_library_that_cannot_be_built_costs_one_warning() -> None:
 
 def test_the_environment_leaves_all_to_python() -> None:
     assert fresh("import os; os.environ['LMKAN_GEN_LAUNCHER'] = 'python'") == "False []"
+
+
+def gpu_network() -> torch.nn.Module:
+    return LMKANMLP((32, 64, 16), 6, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_a_training_step_as_a_graph() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        networks = [gpu_network() for _ in range(2)]
+        networks[1].load_state_dict(networks[0].state_dict())
+        optimizers = [torch.optim.Adam(n.parameters(), fused=True, capturable=True) for n in networks]
+        x = torch.randn(500, 32, device="cuda")
+
+        def step(i: int) -> Tensor:
+            optimizers[i].zero_grad(set_to_none=True)
+            loss: Tensor = networks[i](x).square().mean()
+            loss.backward()
+            optimizers[i].step()
+            return loss.detach()
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(0)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(0)
+        eager = [step(1) for _ in range(3)]
+        for _ in range(4):
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            eager.append(step(1))
+            assert torch.equal(captured, eager[-1])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+def test_a_frozen_network_without_a_call_before_its_graphs(dtype: torch.dtype) -> None:
+    network = gpu_network().eval()
+    for layer in lmkan_layers(network).values():
+        layer.freeze(dtype)
+    x = torch.randn(300, 32, device="cuda")
+    with torch.no_grad():
+        compiled = torch.compile(network, mode="reduce-overhead")
+        found = [compiled(x).clone() for _ in range(4)]
+        expected = network(x)
+    for y in found:
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_the_current_stream_and_memory() -> None:
+    x, table, borders = case("cuda", 64, 64, 8, 4000)
+    grad = torch.randn(64, 4000, device="cuda")
+    expected = lmkan(x, table, borders)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        late = x.clone()
+        x.zero_()
+        late = lmkan(late, table, borders)
+    assert torch.cuda.current_stream().query()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.testing.assert_close(late, expected, rtol=1e-5, atol=1e-5)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(50):
+        OPS.backward(grad, late[:64], table, borders, True, True)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
