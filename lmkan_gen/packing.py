@@ -30,6 +30,7 @@ _LARGEST = 127
 #: of a weight of int8 tables, which are 16-bit integers
 WEIGHT_ONE = 512
 _BANKS = 32  # of shared memory
+_REGISTER = 16  # elements, of the widest CPUs
 _STREAMED = "stages_"
 _FRAGMENTS = "fragments_"
 #: what launch plans call the scales that belong to `fragments`
@@ -205,10 +206,17 @@ def row_pitch(outputs: int) -> int:
 
 
 def rows(table: Tensor) -> Tensor:
-    """A table ``[G+1, G+1, O, P]`` with its outputs together: ``[P, G+1, G+1, row_pitch(O)]``."""
-    outputs = table.shape[2]
-    by_pair = table.permute(3, 0, 1, 2)
-    return torch.nn.functional.pad(by_pair, (0, row_pitch(outputs) - outputs)).contiguous()
+    """A table ``[G+1, G+1, O, P]`` with its outputs together: ``[P, G+1, G+1, row_pitch(O)]``.
+
+    Behind it lies memory for a register more, which kernels on CPUs may read.
+    """
+    side, _, outputs, pairs = table.shape
+    pitch = row_pitch(outputs)
+    size = pairs * side * side * pitch
+    memory = table.new_zeros(size + _REGISTER)
+    made: Tensor = memory[:size].view(pairs, side, side, pitch)
+    made[..., :outputs].copy_(table.permute(3, 0, 1, 2))
+    return made
 
 
 def stages_name(pairs: int, words: int, vector: int) -> str:
@@ -323,7 +331,9 @@ class _Source:
         if name == "table":
             return {name: self.table}
         if name == "rows":
-            return {name: rows(self.rounded.values)}
+            rounded = self.rounded
+            scales = {} if rounded.scales is None else {"scales": rounded.scales}
+            return {name: rows(rounded.values), **scales}
         if name == "words":
             return dict(self.packed)
         if name.startswith(_STREAMED):

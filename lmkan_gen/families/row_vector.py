@@ -76,7 +76,7 @@ class RowVector(Family):
         parameters: dict[str, int] = {}
         for name, wanted in _GOOD[problem.operation].items():
             if name == "outputs_tile":
-                wanted = min(wanted, _MOST_VECTORS * _lanes(problem))
+                wanted = min(wanted, _MOST_VECTORS * lanes(problem))
             parameters[name] = min(wanted, _smallest_holding(space[name], sizes[name]))
         # a task for every core matters more than tiles of the best size
         for name in _DIVIDES[problem.operation]:
@@ -86,12 +86,18 @@ class RowVector(Family):
         return parameters
 
     def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
-        most = _MOST_VECTORS * _lanes(problem)
+        if problem.constant and problem.operation is not Operation.GRAD_TABLE:
+            return [Violation("constant", "a table that stays as it is needs to be laid out once only")]
+        return self.too_wide(problem, parameters)
+
+    def too_wide(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        """Whether the outputs of a tile have no room in the registers."""
+        most = _MOST_VECTORS * lanes(problem)
         if int(parameters.get("outputs_tile", 0)) <= most:
             return []
         message = (
             f"outputs_tile {parameters['outputs_tile']} needs more than {_MOST_VECTORS} registers "
-            f"of {_lanes(problem)} floats on {problem.device.arch}: at most {most} fits"
+            f"of {lanes(problem)} floats on {problem.device.arch}: at most {most} fits"
         )
         return [Violation("registers", message)]
 
@@ -107,7 +113,7 @@ class RowVector(Family):
         constants: dict[str, Constant] = {
             "operation": str(problem.operation),
             "grids": problem.shape.grids,
-            "lanes": _lanes(problem),
+            "lanes": lanes(problem),
         }
         if "outputs_tile" in parameters:
             constants["outputs_tile"] = parameters["outputs_tile"]
@@ -115,7 +121,7 @@ class RowVector(Family):
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         s = problem.shape
-        width = int(parameters.get("outputs_tile") or _round_up(s.outputs, _lanes(problem)))
+        width = int(parameters.get("outputs_tile") or _round_up(s.outputs, lanes(problem)))
         padded = _round_up(s.outputs, width)
         tiles = (int(parameters["batch_tile"]), int(parameters["pairs_tile"]))
         cells = Workspace("cells", 12 * s.pairs * s.batch)
@@ -144,7 +150,8 @@ class RowVector(Family):
 FAMILY = RowVector()
 
 
-def _lanes(problem: Problem) -> int:
+def lanes(problem: Problem) -> int:
+    """Floats of one SIMD register."""
     return _LANES[problem.device.arch]
 
 
