@@ -13,7 +13,7 @@ from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.packing import FRAGMENT_SCALES, fragments_name
 from lmkan_gen.plan import Argument, Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
-from lmkan_gen.problem import Operation, Problem, TableDtype
+from lmkan_gen.problem import Layer, Operation, Problem, TableDtype
 
 _STEP = 16  # pairs, or outputs, of a piece of a table
 _PAD = 32  # pairs are located up to a multiple of it
@@ -89,18 +89,18 @@ class MatrixProduct(Family):
             return tiles * samples // 2 + samples // 4 + ratios + 28
         return tiles * samples + samples // 2 + 28
 
-    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
         """See base class."""
-        shape, device = problem.shape, problem.device
+        shape, device = layer.shape, layer.device
         if device.compute_capability < 80:
             why = f"tensor cores for float32 need sm_80 or newer, {device.name} is {device.arch}"
             return [Violation("architecture", why)]
         found = []
-        if problem.table is TableDtype.INT8:
+        if layer.table is TableDtype.INT8:
             if int(parameters["tiles"]) % 2:
                 why = f"int8 coefficients of 32 outputs lie together: tiles={parameters['tiles']} is odd"
                 found.append(Violation("tile", f"{why}, must be 2 or 4"))
-            if not problem.constant:
+            if not layer.constant:
                 why = "int8 tables are arranged for tensor cores, which pays where they do not change"
                 found.append(Violation("constant", why))
         if shape.grids > _MAX_GRIDS:
@@ -109,7 +109,7 @@ class MatrixProduct(Family):
                     "grid", f"num_grids={shape.grids}: a cell has 4 bits per axis, at most {_MAX_GRIDS} fit"
                 )
             )
-        need = self.shared_memory(problem, parameters)
+        need = self.shared_memory(layer, parameters)
         if need + _RESERVED > device.shared_memory_per_block:
             found.append(
                 Violation(
@@ -119,7 +119,7 @@ class MatrixProduct(Family):
                 )
             )
         limit = registers_per_thread(lanes.WARP * int(parameters["warps"]))
-        if (needed := self._registers(problem, parameters)) > limit:
+        if (needed := self._registers(layer, parameters)) > limit:
             found.append(
                 Violation(
                     "registers",
@@ -127,12 +127,17 @@ class MatrixProduct(Family):
                     f"{parameters['warps']} warps have {limit} each",
                 )
             )
-        if problem.operation is Operation.FORWARD and int(parameters["slice"]) <= int(parameters["pairs"]):
+        if layer.operation is Operation.FORWARD and int(parameters["slice"]) <= int(parameters["pairs"]):
             why = f"slice={parameters['slice']} is no more than pairs={parameters['pairs']}"
             found.append(Violation("wasted", f"{why}: no weights are made ahead"))
-        _, *rest = self._grid(problem, parameters)
+        _, *rest = self._grid(layer, parameters)
         if max(rest) > _MAX_GRID:
             found.append(Violation("grid", f"{rest} blocks, at most {_MAX_GRID} fit a launch"))
+        return found
+
+    def batch_violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        """See base class."""
+        found, shape = [], problem.shape
         widest = max(shape.outputs, _padded(problem))
         summed = widest * _located_samples(problem, parameters)
         if -(-summed // _THREADS) > _MAX_BLOCKS:
@@ -192,16 +197,16 @@ class MatrixProduct(Family):
             for (warps, tiles), outs in product(((16, 2), (8, 4), (4, 4)), (256, 128, 64)):
                 yield {"samples": samples, "warps": warps, "outs": outs, "tiles": tiles}
 
-    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
         """See base class."""
         constants: dict[str, Constant] = {
-            "operation": str(problem.operation),
-            "grids": problem.shape.grids,
+            "operation": str(layer.operation),
+            "grids": layer.shape.grids,
             # gradients of half operands: reading the table as it is takes no longer than to round it
-            "table": str(problem.table if problem.operation is Operation.FORWARD else TableDtype.FLOAT32),
-            **{name: parameters[name] for name in self.space(problem.operation) if name != "slice"},
+            "table": str(layer.table if layer.operation is Operation.FORWARD else TableDtype.FLOAT32),
+            **{name: parameters[name] for name in self.space(layer.operation) if name != "slice"},
         }
-        return KernelSpec.make("matrix_product.cu.j2", problem.device.arch, constants)
+        return KernelSpec.make("matrix_product.cu.j2", layer.device.arch, constants)
 
     @staticmethod
     def _grid(problem: Problem, parameters: Parameters) -> tuple[int, int, int]:

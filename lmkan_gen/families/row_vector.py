@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
-from lmkan_gen.problem import Operation, Problem
+from lmkan_gen.problem import Layer, Operation, Problem
 
 _TEMPLATE = "row_vector.cpp.j2"
 
@@ -85,13 +85,13 @@ class RowVector(Family):
                 parameters[name] = smaller.pop()
         return parameters
 
-    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
-        most = _MOST_VECTORS * _lanes(problem)
+    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
+        most = _MOST_VECTORS * _lanes(layer)
         if int(parameters.get("outputs_tile", 0)) <= most:
             return []
         message = (
             f"outputs_tile {parameters['outputs_tile']} needs more than {_MOST_VECTORS} registers "
-            f"of {_lanes(problem)} floats on {problem.device.arch}: at most {most} fits"
+            f"of {_lanes(layer)} floats on {layer.device.arch}: at most {most} fits"
         )
         return [Violation("registers", message)]
 
@@ -103,15 +103,15 @@ class RowVector(Family):
             int(parameters[tile]) > _smallest_holding(values, sizes[tile]) for tile, values in space.items()
         )
 
-    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
         constants: dict[str, Constant] = {
-            "operation": str(problem.operation),
-            "grids": problem.shape.grids,
-            "lanes": _lanes(problem),
+            "operation": str(layer.operation),
+            "grids": layer.shape.grids,
+            "lanes": _lanes(layer),
         }
         if "outputs_tile" in parameters:
             constants["outputs_tile"] = parameters["outputs_tile"]
-        return KernelSpec.make(_TEMPLATE, problem.device.arch, constants)
+        return KernelSpec.make(_TEMPLATE, layer.device.arch, constants)
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         s = problem.shape
