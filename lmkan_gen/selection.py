@@ -60,6 +60,9 @@ class Tier(StrEnum):
     DEMANDED = "demanded"
 
 
+_ORDER = {tier: position for position, tier in enumerate(Tier)}
+
+
 @dataclass(frozen=True)
 class Choice:
     """The kernel for one problem.
@@ -251,12 +254,15 @@ def _select_backward(problem: Problem, demand: Demand, environment: str | None) 
     if problem.device.kind == "cuda" and not demand.is_free:
         tiled = [a for a in alternatives if any(_tiled_families(p, demand) for p in a)]
         alternatives = tiled or alternatives
-    chosen, refusals = [], []
+    chosen: list[tuple[Choice, ...]] = []
+    refusals = []
     for alternative in alternatives:
         try:
-            chosen.append(tuple(_pick(p, demand) for p in alternative))
+            picked = _pick_all(alternative, demand, chosen)
         except ValueError as error:
             refusals.append(error)
+        else:
+            chosen += [picked] if picked else []
     if not chosen:
         raise refusals[0]
     runnable = [c for c in chosen if all(choice.family is not None for choice in c)]
@@ -266,6 +272,21 @@ def _select_backward(problem: Problem, demand: Demand, environment: str | None) 
     for choice in best:
         _announce(choice)
     return best
+
+
+def _pick_all(
+    problems: Iterable[Problem], demand: Demand, rivals: Iterable[tuple[Choice, ...]]
+) -> tuple[Choice, ...] | None:
+    """The choices for all problems; None as soon as a part is founded worse than a runnable rival is."""
+    runnable = [_rank(rival)[0] for rival in rivals if all(c.family is not None for c in rival)]
+    limit = min(runnable, default=math.inf)
+    picked = []
+    for problem in problems:
+        choice = _pick(problem, demand)
+        if _foundation(choice) > limit:
+            return None
+        picked.append(choice)
+    return tuple(picked)
 
 
 def _pick(problem: Problem, demand: Demand) -> Choice:
@@ -296,7 +317,7 @@ def _foundation(choice: Choice) -> float:
         return 0.25
     if choice.tier is Tier.DEFAULT and _is_preferred(choice):
         return 0.5
-    return list(Tier).index(choice.tier)
+    return _ORDER[choice.tier]
 
 
 def _free_choice(problem: Problem) -> Choice:
@@ -320,10 +341,8 @@ def _near_choice(problem: Problem) -> Choice | None:
     samples, say.
     """
     unwanted: dict[str, bool] = {}
-    for distance, found in evidence(problem):
+    for distance, found in evidence(problem, within=_FAR):
         name = found.entry.family
-        if distance > _FAR:
-            continue
         if distance:
             if name not in unwanted:
                 unwanted[name] = family(name).preference(problem) < 0
@@ -513,6 +532,8 @@ def _announce(choice: Choice) -> None:
     _announced.add(news)
     if choice.tier is Tier.REFERENCE:
         warnings.warn(f"{choice.describe()}; it is correct but slow", stacklevel=4)
+    elif not logger.isEnabledFor(logging.INFO):
+        pass  # whether it is stale takes long to find out
     elif p.operation not in CALL_OPERATIONS or (
         choice.tier in (Tier.EXACT, Tier.DEMANDED) and not choice.stale
     ):

@@ -9,14 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from heapq import heappop, heappush
 from pathlib import Path
 from types import MappingProxyType
 
 import platformdirs
 
 from lmkan_gen.device import Device
-from lmkan_gen.families import Parameters
+from lmkan_gen.families import Parameters, family
 from lmkan_gen.freshness import is_stale
 from lmkan_gen.problem import Layer, LayerShape, Problem
 from lmkan_gen.resources import resource_directory
@@ -90,8 +89,8 @@ def forget_files() -> None:
 class Evidence:
     """An entry that may speak for a layer: from ``source``, measured on this device model or not.
 
-    ``apart`` is the distance of the shapes but for the batch. Of equally near entries the one with the lower
-    ``rank`` goes first.
+    ``apart`` is the distance of the shapes but for the batch, ``batch`` the entry's. Of equally near entries
+    the one with the lower ``rank`` goes first.
     """
 
     layer: Layer
@@ -99,11 +98,8 @@ class Evidence:
     entry: Entry
     same_device: bool
     apart: float
+    batch: int
     rank: int
-
-    def distance(self, batch: int) -> float:
-        """How unlike the shapes are with this batch, 0 for equal ones."""
-        return self.apart + _batch_distance(batch, self.entry.shape.batch)
 
     @cached_property
     def parameters(self) -> Parameters:
@@ -131,26 +127,24 @@ class Evidence:
         return self.same_device and is_stale(self.entry, measured)
 
 
-def evidence(problem: Problem) -> Iterator[tuple[float, Evidence]]:
+def evidence(problem: Problem, within: float = math.inf) -> Iterator[tuple[float, Evidence]]:
     """Entries for the operation and their distances, best first: this device's, then those of its
-    architecture's nearest other device; the nearest shapes first."""
+    architecture's nearest other device; the nearest shapes first.
+
+    Left out are entries that fit the layer with no batch, and those of shapes farther than ``within``.
+    """
     batch = problem.shape.batch
     for group in _of_layer(problem.layer, os.environ.get(TUNING_VARIABLE)):
-        yield from _nearest(group, batch)
-
-
-def _nearest(group: tuple[Evidence, ...], batch: int) -> Iterator[tuple[float, Evidence]]:
-    """``group``, which is in the order of ``apart``, by distance and rank."""
-    nearest: list[tuple[float, int, Evidence]] = []
-    for found in group:
-        # what follows is no nearer than its `apart`
-        while nearest and nearest[0][0] < found.apart:
-            distance, _, nearer = heappop(nearest)
-            yield distance, nearer
-        heappush(nearest, (found.distance(batch), found.rank, found))
-    while nearest:
-        distance, _, nearer = heappop(nearest)
-        yield distance, nearer
+        near = [
+            (found.apart + _BATCH_WEIGHT * abs(math.log2(batch / found.batch)), found.rank, found)
+            for found in group
+            if found.apart <= within
+        ]
+        near.sort()  # ranks differ, so that nothing behind them is compared
+        for distance, _, found in near:
+            if distance > within:
+                break
+            yield distance, found
 
 
 @lru_cache(maxsize=1024)
@@ -173,31 +167,32 @@ def _of_layer(layer: Layer, environment: str | None) -> tuple[tuple[Evidence, ..
 def _group(
     layer: Layer, files: Sequence[tuple[Source, TuningFile]], same_device: bool
 ) -> tuple[Evidence, ...]:
-    """What files say of a layer, in the order of `Evidence.apart`; precedence decides ties."""
+    """What files say of a layer; their precedence decides between equally near shapes."""
     fitting = (
         (source, entry)
         for source, file in files
         for entry in file.entries
-        if entry.operation is layer.operation and entry.dtypes.table is layer.table
+        if entry.operation is layer.operation
+        and entry.dtypes.table is layer.table
+        and not family(entry.family).layer_violations(layer, entry.parameters)
     )
-    group = [
-        Evidence(layer, source, entry, same_device, _layer_distance(layer.shape, entry.shape.layer), rank)
+    return tuple(
+        Evidence(
+            layer,
+            source,
+            entry,
+            same_device,
+            _layer_distance(layer.shape, entry.shape.layer),
+            entry.shape.batch,
+            rank,
+        )
         for rank, (source, entry) in enumerate(fitting)
-    ]
-    return tuple(sorted(group, key=lambda e: e.apart))
-
-
-def shape_distance(a: LayerShape, b: LayerShape) -> float:
-    """How unlike two shapes are: factors of two between their sizes, weighted."""
-    return _layer_distance(a, b) + _batch_distance(a.batch, b.batch)
+    )
 
 
 def _layer_distance(a: LayerShape, b: LayerShape) -> float:
+    """How unlike two shapes are but for the batch: factors of two between their sizes, weighted."""
     return sum(w * abs(math.log2(getattr(a, n) / getattr(b, n))) for n, w in _WEIGHTS.items())
-
-
-def _batch_distance(a: int, b: int) -> float:
-    return _BATCH_WEIGHT * abs(math.log2(a / b))
 
 
 def _device_distance(device: Device, record: DeviceRecord) -> float:

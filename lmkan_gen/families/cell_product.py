@@ -5,7 +5,9 @@ See the head of ``templates/cell_product.cu.j2`` for the idea and what bounds it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import product
 
 from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families import cells
@@ -103,23 +105,26 @@ class CellProduct(Family):
 
     def batch_violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
         """See base class."""
-        walk, _, _ = _values(problem.layer, parameters)
+        walk = cells.Walk.with_parameters(problem.layer, parameters)
         return walk.batch_violations(problem.shape.batch)
 
     def default(self, problem: Problem) -> Parameters | None:
         """Wide warps, chunks whose gradients stay in cache, segments short enough to fill the device."""
-        shape = problem.shape
+        return cells.first(_guesses(problem.layer), problem.shape.batch)
+
+    def guesses(self, layer: Layer) -> Iterator[cells.Guess]:
+        """Candidates for the default, the best first."""
         # finer grids need more samples in a chunk for windows to have steps of them
-        sizes = tuple(s for s in (256, 128, 64, 32, 16, 8, 4, 2, 1) if s <= 16 or 350 * s < 16 * shape.knots)
-        for vector in (4, 2, 1):
-            for items in sizes:
-                walk = cells.Walk.of(problem.layer, items, vector, WARP)
-                for segment in (*walk.filling(shape.batch, (512, 256, 128)), 64):
-                    parameters = {"items": items, "segment": segment, "vector": vector, "stages": 2}
-                    for blocks in (2, 1):
-                        if not self.violations(problem, parameters | {"blocks": blocks}):
-                            return parameters | {"blocks": blocks}
-        return None
+        knots = layer.shape.knots
+        sizes = tuple(s for s in (256, 128, 64, 32, 16, 8, 4, 2, 1) if s <= 16 or 350 * s < 16 * knots)
+        for vector, items, segment in product((4, 2, 1), sizes, (512, 256, 128, 64)):
+            walk = cells.Walk.of(layer, items, vector, segment)
+            for blocks in (2, 1):
+                parameters = {"items": items, "segment": segment, "vector": vector, "stages": 2}
+                parameters["blocks"] = blocks
+                if not self.layer_violations(layer, parameters):
+                    yield cells.Guess(parameters, walk, filling=segment > 64)
+                    break
 
     def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
         """See base class."""
@@ -135,10 +140,13 @@ class CellProduct(Family):
 
 def _values(layer: Layer, parameters: Parameters) -> tuple[cells.Walk, int, int]:
     """The walk, its stages, and blocks of a multiprocessor."""
-    items, vector, segment, stages, blocks = (
-        int(parameters[k]) for k in ("items", "vector", "segment", "stages", "blocks")
-    )
-    return cells.Walk.of(layer, items, vector, segment), stages, blocks
+    walk = cells.Walk.with_parameters(layer, parameters)
+    return walk, int(parameters["stages"]), int(parameters["blocks"])
 
 
 FAMILY = CellProduct()
+
+
+@lru_cache(maxsize=1024)
+def _guesses(layer: Layer) -> tuple[cells.Guess, ...]:
+    return tuple(FAMILY.guesses(layer))

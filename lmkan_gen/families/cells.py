@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
+from typing import NamedTuple
 
-from lmkan_gen.families.base import Violation
+from lmkan_gen.families.base import Parameters, Violation
 from lmkan_gen.families.lanes import WARP
 from lmkan_gen.plan import Argument, Constant, Fill, Launch, LaunchPlan, Workspace, strides
 from lmkan_gen.problem import Layer, Operation, TableDtype
@@ -76,6 +77,12 @@ class Walk:
     def of(layer: Layer, items: int, vector: int, asked_segment: int) -> Walk:
         """The same, with what it has found out about itself if it was asked for before."""
         return Walk(layer, items, vector, asked_segment)
+
+    @staticmethod
+    def with_parameters(layer: Layer, parameters: Parameters) -> Walk:
+        """The walk of a family's parameters."""
+        items, vector, segment = parameters["items"], parameters["vector"], parameters["segment"]
+        return Walk.of(layer, int(items), int(vector), int(segment))
 
     @cached_property
     def with_table(self) -> bool:
@@ -143,11 +150,15 @@ class Walk:
         """Segments of a walking block."""
         return self.warps // self.out_warps * (WARP // self.lanes)
 
-    def filling(self, batch: int, segments: Iterable[int]) -> list[int]:
-        """Those lengths of segments that leave enough warps for every multiprocessor."""
-        runs = self.layer.shape.pairs * self.padded // (WARP * self.vector)
-        samples, wanted = min(batch, self.chunk), 16 * self.layer.device.multiprocessors
-        return [s for s in segments if runs * -(-samples // s) >= wanted]
+    def is_filling(self, batch: int) -> bool:
+        """Whether segments are short enough to leave enough warps for every multiprocessor."""
+        segments = -(-min(batch, self.chunk) // self.asked_segment)
+        return self._runs * segments >= 16 * self.layer.device.multiprocessors
+
+    @cached_property
+    def _runs(self) -> int:
+        """Warps that walk one segment of every pair."""
+        return self.layer.shape.pairs * self.padded // (WARP * self.vector)
 
     @cached_property
     def shift(self) -> int:
@@ -241,6 +252,11 @@ class Walk:
         pairs = self.layer.shape.pairs
         slices = self.out_blocks if self.items >= _SLICED_ITEMS else 1
         return self._scratch(pairs if self.ordered else min(pairs, _LEAST_PAIRS), slices)
+
+    def allows(self, batch: int) -> bool:
+        """Whether there are no `batch_violations`."""
+        # first what most walks fail by
+        return (self.items == 1 or self.chunk // 2 < batch) and not self.batch_violations(batch)
 
     def constants(self) -> dict[str, Constant]:
         """Constants of the shared templates."""
@@ -411,3 +427,19 @@ class Walk:
                 steps.append(Launch("lmkan_add_copies", ("sums", coefficients, copies), (blocks, 1, 1), 256))
             steps.append(Launch("lmkan_unpack_table", ("sums", "grad_table", *sizes), tiles, 256))
         return LaunchPlan(tuple(workspaces), tuple(steps))
+
+
+class Guess(NamedTuple):
+    """A candidate for a default that fits the layer; a ``filling`` one needs enough warps for the device."""
+
+    parameters: Parameters
+    walk: Walk
+    filling: bool
+
+
+def first(guesses: Iterable[Guess], batch: int) -> Parameters | None:
+    """The first one that fits so many samples; None where none does."""
+    for parameters, walk, filling in guesses:
+        if (not filling or walk.is_filling(batch)) and walk.allows(batch):
+            return parameters
+    return None

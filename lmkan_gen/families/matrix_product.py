@@ -6,6 +6,8 @@ See the head of ``templates/matrix_product.cu.j2`` for the idea and what bounds 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 
 from lmkan_gen.device import registers_per_thread
@@ -169,6 +171,12 @@ class MatrixProduct(Family):
 
     def default(self, problem: Problem) -> Parameters | None:
         """Of a few good candidates the one whose blocks leave the fewest multiprocessors idle."""
+        batch = problem.shape.batch
+        samples = _default_samples(batch)
+        return _default(problem.layer, -(-batch // samples) * samples)
+
+    def default_of_whole_tiles(self, problem: Problem) -> Parameters | None:
+        """The same for a batch of whole tiles, and so for all batches of as many tiles."""
         best: tuple[float, dict[str, Constant]] | None = None
         for parameters in self._default_candidates(problem):
             if self.violations(problem, parameters):
@@ -183,7 +191,7 @@ class MatrixProduct(Family):
 
     @staticmethod
     def _default_candidates(problem: Problem) -> Iterator[dict[str, Constant]]:
-        samples = 64 if problem.shape.batch > lanes.WARP else lanes.WARP
+        samples = _default_samples(problem.shape.batch)
         if problem.operation is Operation.FORWARD:
             # less time goes by per coefficient of a byte, so more of them have to be under way
             ahead = (6, 4, 3) if problem.table is TableDtype.INT8 else (4, 3)
@@ -306,6 +314,10 @@ class MatrixProduct(Family):
         return LaunchPlan(tuple(workspaces), tuple(steps))
 
 
+def _default_samples(batch: int) -> int:
+    return 64 if batch > lanes.WARP else lanes.WARP
+
+
 def _padded(problem: Problem) -> int:
     """Pairs that are located."""
     return -(-problem.shape.pairs // _PAD) * _PAD
@@ -327,3 +339,9 @@ def _located_samples(problem: Problem, parameters: Parameters) -> int:
 
 
 FAMILY = MatrixProduct()
+
+
+@lru_cache(maxsize=1024)
+def _default(layer: Layer, batch: int) -> Parameters | None:
+    shape = replace(layer.shape, batch=batch)
+    return FAMILY.default_of_whole_tiles(layer.of(shape))

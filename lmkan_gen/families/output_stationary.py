@@ -157,6 +157,10 @@ class OutputStationary(Family):
         )
         return [Violation("grid", why)]
 
+    def takes_tensor_copies(self, layer: Layer) -> bool:
+        """Whether some stages could be copied out of the layer's table as it is."""
+        return not self._tensor_violations(layer, _TENSOR_WORDS, 1)
+
     @staticmethod
     def _tensor_violations(problem: Problem, pairs: int, vector: int) -> list[Violation]:
         """Why stages cannot be copied out of the table as it is."""
@@ -225,15 +229,8 @@ class OutputStationary(Family):
         return {TableDtype.FLOAT32: 16, TableDtype.INT8: 8}.get(problem.table, 0)
 
     def preference(self, problem: Problem) -> float:
-        """Faster than tiles that stay, where there are samples enough for every multiprocessor.
-
-        Twice as many where the table has to be arranged.
-        """
-        shape = problem.shape
-        width = shape.outputs if problem.operation is Operation.FORWARD else shape.pairs
-        arranged = bool(self._tensor_violations(problem, _TENSOR_WORDS, 1)) and not _is_kept(problem)
-        least = (256 if arranged else 128) * lanes.WARP * problem.device.multiprocessors
-        return 0.5 if shape.batch * width >= least else -0.5
+        """Faster than tiles that stay, where there are samples enough for every multiprocessor."""
+        return 0.5 if problem.shape.batch >= _least_batch(problem.layer) else -0.5
 
     def default(self, problem: Problem) -> Parameters | None:
         """The fastest of a small set of candidates by their rough times."""
@@ -474,6 +471,14 @@ class _Guesses:
         times = busiest * self._summed * self._cycles / _CYCLES_PER_US + moved / _COPY_RATE + 3 * _LAUNCH_US
         best = int(np.where(fits, times, np.inf).argmin())
         return self._candidates[best] if fits[best] else None
+
+
+@lru_cache(maxsize=1024)
+def _least_batch(layer: Layer) -> int:
+    """Samples that are enough for every multiprocessor; twice as many where the table has to be arranged."""
+    width = layer.shape.outputs if layer.operation is Operation.FORWARD else layer.shape.pairs
+    arranged = not (FAMILY.takes_tensor_copies(layer) or _is_kept(layer))
+    return -(-(256 if arranged else 128) * lanes.WARP * layer.device.multiprocessors // width)
 
 
 @lru_cache(maxsize=1024)

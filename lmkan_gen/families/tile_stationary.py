@@ -199,7 +199,7 @@ class TileStationary(Family):
 
     def _tile(self, layer: Layer, parameters: Parameters, accesses: tuple[Access, ...]) -> Tile:
         segments, summed = _segments(layer, parameters)
-        resident = self._resident(layer, parameters)
+        resident = self.resident(layer, parameters)
         warps = _integer(parameters, "threads") // lanes.WARP * resident
         prepass, both = _coordinates(parameters) != "inline", layer.operation is Operation.BACKWARD
         return Tile(
@@ -270,7 +270,7 @@ class TileStationary(Family):
         needed += 2 * min(outs & -outs, lanes.WARP // pairs) + 12 * _is_partial(problem, parameters)
         return needed > registers_per_thread(_integer(parameters, "threads"))
 
-    def _resident(self, problem: Problem, parameters: Parameters) -> int:
+    def resident(self, problem: Problem, parameters: Parameters) -> int:
         """Blocks one multiprocessor holds: what launch bounds promise the compiler."""
         threads = _integer(parameters, "threads")
         per_block = self.shared_memory(problem, parameters) + 1024  # the driver's own share
@@ -285,7 +285,8 @@ class TileStationary(Family):
 
     def _grid(self, problem: Problem, parameters: Parameters) -> tuple[int, int]:
         """Number of blocks, and number of splits of the sum over tiles."""
-        slots = problem.device.multiprocessors * self._resident(problem, parameters)
+        resident, _ = _block(problem.layer, tuple(parameters.items()))
+        slots = problem.device.multiprocessors * resident
         segments, summed = _segments(problem, parameters)
         # as many blocks as have work for all their warps
         at_a_time = _units_at_a_time(parameters)
@@ -305,7 +306,7 @@ class TileStationary(Family):
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
         constants = lanes.constants(layer, pairs, outs) | {
             "threads": _integer(parameters, "threads"),
-            "blocks": self._resident(layer, parameters),
+            "blocks": self.resident(layer, parameters),
             "coordinates": _coordinates(parameters),
             "copy": next(n for n in (4, 2, 1) if shape.pairs % n == 0 and pairs % n == 0),
             "mode": str(parameters.get("mode", "none")),
@@ -353,7 +354,7 @@ class TileStationary(Family):
                 (source, "borders", *lanes.table_buffers(problem), *buffers, *sizes, *split, *inner_layout),
                 (grid, 1, 1),
                 _integer(parameters, "threads"),
-                self.shared_memory(problem, parameters),
+                _block(problem.layer, tuple(parameters.items()))[1],
             )
         )
         return LaunchPlan(tuple(workspaces), (*steps, *added_up, *lanes.far_samples(problem)))
@@ -390,6 +391,13 @@ def _coordinates(parameters: Parameters) -> str:
 
 
 FAMILY = TileStationary()
+
+
+@lru_cache(maxsize=4096)
+def _block(layer: Layer, parameters: tuple[tuple[str, Constant], ...]) -> tuple[int, int]:
+    """Blocks that a multiprocessor holds, and bytes of shared memory of one."""
+    known = dict(parameters)
+    return FAMILY.resident(layer, known), FAMILY.shared_memory(layer, known)
 
 
 @lru_cache(maxsize=1024)

@@ -106,12 +106,9 @@ class Times:
     def best(self, batch: int) -> Parameters:
         """The candidate that takes the least time, the first of equal ones."""
         updated = 4 * batch * self.results
-        ways = (
-            (_us(time, access, updated), access.parameters)
-            for time in _shortlist(self, -(-batch // _UNIT))
-            for access in time.accesses
-        )
-        return min(ways, key=lambda way: way[0])[1]
+        shortlist = _shortlist(self, -(-batch // _UNIT))
+        ways = [(time, access) for time in shortlist for access in time.accesses]
+        return min(ways, key=lambda way: _us(way[0], way[1], updated))[1].parameters
 
     def of_units(self, units: int) -> list[_Time]:
         """The candidates that may be the best of some batch of so many units, in order."""
