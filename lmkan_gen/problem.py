@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property, lru_cache
 
 from lmkan_gen.device import Device
 
@@ -132,3 +133,70 @@ class Problem:
     def is_plain(self) -> bool:
         """Whether ``x`` is contiguous and made of whole pairs, which needs no care in reading it."""
         return not self.strided and self.shape.inputs % 2 == 0
+
+    @cached_property
+    def layer(self) -> Layer:
+        """What this problem has in common with those of other batches."""
+        s = self.shape
+        return _layer(
+            self.operation,
+            s.inputs,
+            s.outputs,
+            s.grids,
+            self.device,
+            self.table,
+            self.deterministic,
+            self.constant,
+            self.workspace,
+            self.strided,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Layer(Problem):
+    """A problem whose batch does not matter; it says 1. Made by `Problem.layer` only, once each.
+
+    What does not depend on the batch is kept by layer. A batch that was not seen before finds it there at
+    little cost, because a layer is equal to itself only.
+    """
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    @cached_property
+    def layer(self) -> Layer:
+        """Itself."""
+        return self
+
+    def of(self, shape: LayerShape) -> Problem:
+        """The problem of this layer with the batch of ``shape``, whose other sizes are the layer's."""
+        problem = object.__new__(Problem)
+        # several times as fast as setting the fields of a frozen dataclass one by one
+        problem.__dict__.update(self.__dict__, shape=shape, layer=self)
+        return problem
+
+    def doing(self, operation: Operation) -> Layer:
+        """The same layer with another operation."""
+        return self._doing[operation]
+
+    @cached_property
+    def _doing(self) -> dict[Operation, Layer]:
+        s, rest = self.shape, (self.device, self.table, self.deterministic, self.constant, self.workspace)
+        return {o: _layer(o, s.inputs, s.outputs, s.grids, *rest, self.strided) for o in Operation}
+
+
+@lru_cache(maxsize=4096)
+def _layer(
+    operation: Operation,
+    inputs: int,
+    outputs: int,
+    grids: int,
+    device: Device,
+    table: TableDtype,
+    deterministic: bool,
+    constant: bool,
+    workspace: int,
+    strided: bool,
+) -> Layer:
+    shape = LayerShape(inputs, outputs, grids, 1)
+    return Layer(operation, shape, device, table, deterministic, constant, workspace, strided)

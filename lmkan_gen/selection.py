@@ -14,15 +14,14 @@ from itertools import product
 from types import MappingProxyType
 
 from lmkan_gen.families import Demand, Family, Parameters, families, family
-from lmkan_gen.freshness import is_stale
 from lmkan_gen.plan import Constant
-from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
+from lmkan_gen.problem import CALL_OPERATIONS, Layer, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tuning_sources import (
     TUNING_VARIABLE,
+    Evidence,
     Source,
     evidence,
     forget_files,
-    shape_distance,
     sources,
     user_tuning_directory,
 )
@@ -45,6 +44,7 @@ __all__ = [
 logger = logging.getLogger("lmkan_gen")
 
 _FAR = 6.0  # a factor of 8 in both widths, say
+_OVER_TUNED = 1.0  # families that are preferred by more are taken over what was tuned for other shapes
 _SPLIT = (Operation.GRAD_INPUT, Operation.GRAD_TABLE)
 _BACKWARD = (*_SPLIT, Operation.BACKWARD)
 
@@ -58,6 +58,9 @@ class Tier(StrEnum):
     DEFAULT = "default"
     REFERENCE = "reference"
     DEMANDED = "demanded"
+
+
+_ORDER = {tier: position for position, tier in enumerate(Tier)}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Choice:
         tuned_for: the shape that the parameters were measured on; None when they were not.
         cost: measured picoseconds per function evaluation there; compares choices that were tuned
             for one shape. None when not measured.
-        stale: whether the kernel's source has changed since it was measured on this device.
+        evidence: what tuning files say, where the choice came from there as it is.
     """
 
     problem: Problem
@@ -86,7 +89,15 @@ class Choice:
     time_us: float | None = None
     tuned_for: LayerShape | None = None
     cost: float | None = None
-    stale: bool = False
+    evidence: Evidence | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def stale(self) -> bool:
+        """Whether the kernel's source has changed since it was measured on this device.
+
+        Found out when asked for, which takes milliseconds.
+        """
+        return self.evidence is not None and self.evidence.stale
 
     def describe(self) -> str:
         """One line: what runs, and why."""
@@ -135,57 +146,65 @@ def select_backward(problem: Problem, demand: Demand | None = None) -> tuple[Cho
     Raises:
         ValueError: as in `select`.
     """
-    problem = replace(problem, operation=Operation.BACKWARD)
+    problem = _doing(problem, Operation.BACKWARD)
     return _select_backward(problem, demand or Demand(), os.environ.get(TUNING_VARIABLE))
 
 
 def clear_caches() -> None:
     """Forget choices and file contents, so that tuning files are read again."""
-    _select.cache_clear()
-    _select_backward.cache_clear()
+    for cached in (_select, _select_backward, _fitting_completions, _nearest_completions):
+        cached.cache_clear()
     forget_files()
     _announced.clear()
 
 
 def default_choice(problem: Problem) -> Choice | None:
     """The analytic default of the families, of the most preferred one where several fit."""
-    best: tuple[float, Family, Parameters] | None = None
-    for f in families(problem.device.kind, problem.operation, problem.table):
+    return _default_choice(problem)
+
+
+def _default_choice(problem: Problem, above: float = -math.inf) -> Choice | None:
+    """The same of those families that are preferred by more than ``above``."""
+    some = families(problem.device.kind, problem.operation, problem.table)
+    preferred = [(preference, f) for f in some if (preference := f.preference(problem)) > above]
+    # sorting is stable: of equally preferred ones the first is taken
+    for _, f in sorted(preferred, key=lambda item: -item[0]):
         parameters = f.default(problem)
-        if parameters is None or f.violations(problem, parameters):
-            continue
-        preference = f.preference(problem)
-        if best is None or preference > best[0]:
-            best = (preference, f, parameters)
-    if best is None:
-        return None
-    return _choice(problem, best[1].name, best[2], Tier.DEFAULT, "analytic default")
+        if parameters is not None and not f.violations(problem, parameters):
+            return _choice(problem, f.name, parameters, Tier.DEFAULT, "analytic default")
+    return None
 
 
 def tuned_choices(problem: Problem) -> Iterator[Choice]:
     """Choices from tuning files that fit ``problem``, best founded first."""
-    for found in evidence(problem):
-        entry = found.entry
-        if family(entry.family).violations(problem, entry.parameters):
-            continue
-        tier = Tier.NEAREST_DEVICE
-        if found.same_device:
-            tier = Tier.NEAREST_SHAPE if found.distance else Tier.EXACT
-        own_time = tier is Tier.EXACT and entry.measured_on is None
-        stand_in = f", measured on {entry.measured_on}" if entry.measured_on else ""
-        yield _choice(
-            problem,
-            entry.family,
-            entry.parameters,
-            tier,
-            f"{found.source.path}{stand_in}",
-            # with a fixed order of sums it takes longer
-            time_us=entry.time_us.median if own_time and not problem.deterministic else None,
-            tuned_for=entry.shape.layer,
-            stale=found.same_device
-            and is_stale(entry, replace(problem, shape=entry.shape.layer, strided=False)),
-            cost=1e6 * entry.time_us.median / entry.shape.layer.evaluations,
-        )
+    for distance, found in evidence(problem):
+        if not _violates(problem, found):
+            yield _tuned_choice(problem, found, distance)
+
+
+def _violates(problem: Problem, found: Evidence) -> bool:
+    return bool(family(found.entry.family).violations(problem, found.parameters))
+
+
+def _tuned_choice(problem: Problem, found: Evidence, distance: float) -> Choice:
+    entry = found.entry
+    tier = Tier.NEAREST_DEVICE
+    if found.same_device:
+        tier = Tier.NEAREST_SHAPE if distance else Tier.EXACT
+    own_time = tier is Tier.EXACT and entry.measured_on is None
+    stand_in = f", measured on {entry.measured_on}" if entry.measured_on else ""
+    return Choice(
+        problem,
+        entry.family,
+        found.parameters,
+        tier,
+        f"{found.source.path}{stand_in}",
+        # with a fixed order of sums it takes longer
+        time_us=entry.time_us.median if own_time and not problem.deterministic else None,
+        tuned_for=entry.shape.layer,
+        cost=found.cost,
+        evidence=found,
+    )
 
 
 def tune_command(problem: Problem) -> str:
@@ -203,13 +222,18 @@ def _choice(
     tier: Tier,
     source: str,
     *,
-    time_us: float | None = None,
     tuned_for: LayerShape | None = None,
     cost: float | None = None,
-    stale: bool = False,
 ) -> Choice:
     frozen = MappingProxyType(dict(parameters))
-    return Choice(problem, name, frozen, tier, source, time_us, tuned_for, cost, stale)
+    return Choice(problem, name, frozen, tier, source, tuned_for=tuned_for, cost=cost)
+
+
+def _doing(problem: Problem, operation: Operation) -> Problem:
+    """The same problem with another operation."""
+    if problem.operation is operation:
+        return problem
+    return problem.layer.doing(operation).of(problem.shape)
 
 
 @lru_cache(maxsize=4096)
@@ -226,16 +250,19 @@ def _select_backward(problem: Problem, demand: Demand, environment: str | None) 
     # Where nothing was measured the order decides. One kernel for both gradients is faster than two,
     # but among those with tiles, which a demand asks for, two are.
     ways = ((Operation.BACKWARD,), _SPLIT) if demand.is_free else (_SPLIT, (Operation.BACKWARD,))
-    alternatives = [tuple(replace(problem, operation=o) for o in operations) for operations in ways]
+    alternatives = [tuple(_doing(problem, o) for o in operations) for operations in ways]
     if problem.device.kind == "cuda" and not demand.is_free:
         tiled = [a for a in alternatives if any(_tiled_families(p, demand) for p in a)]
         alternatives = tiled or alternatives
-    chosen, refusals = [], []
+    chosen: list[tuple[Choice, ...]] = []
+    refusals = []
     for alternative in alternatives:
         try:
-            chosen.append(tuple(_pick(p, demand) for p in alternative))
+            picked = _pick_all(alternative, demand, chosen)
         except ValueError as error:
             refusals.append(error)
+        else:
+            chosen += [picked] if picked else []
     if not chosen:
         raise refusals[0]
     runnable = [c for c in chosen if all(choice.family is not None for choice in c)]
@@ -247,11 +274,26 @@ def _select_backward(problem: Problem, demand: Demand, environment: str | None) 
     return best
 
 
+def _pick_all(
+    problems: Iterable[Problem], demand: Demand, rivals: Iterable[tuple[Choice, ...]]
+) -> tuple[Choice, ...] | None:
+    """The choices for all problems; None as soon as a part is founded worse than a runnable rival is."""
+    runnable = [_rank(rival)[0] for rival in rivals if all(c.family is not None for c in rival)]
+    limit = min(runnable, default=math.inf)
+    picked = []
+    for problem in problems:
+        choice = _pick(problem, demand)
+        if _foundation(choice) > limit:
+            return None
+        picked.append(choice)
+    return tuple(picked)
+
+
 def _pick(problem: Problem, demand: Demand) -> Choice:
     """The choice; where nothing reads narrow tables, one that reads float32."""
-    s = problem.shape
-    if s.batch == 0:
-        problem = replace(problem, shape=LayerShape(s.inputs, s.outputs, s.grids, 1))
+    if problem.shape.batch == 0:
+        layer = problem.layer
+        problem = layer.of(layer.shape)
     choice = _demanded_choice(problem, demand) or _free_choice(problem)
     if choice.family is None and problem.table is not TableDtype.FLOAT32:
         return _pick(replace(problem, table=TableDtype.FLOAT32), demand)
@@ -275,15 +317,15 @@ def _foundation(choice: Choice) -> float:
         return 0.25
     if choice.tier is Tier.DEFAULT and _is_preferred(choice):
         return 0.5
-    return list(Tier).index(choice.tier)
+    return _ORDER[choice.tier]
 
 
 def _free_choice(problem: Problem) -> Choice:
-    choice = next((c for c in tuned_choices(problem) if not (_is_far(c) or _is_unwanted(c))), None)
-    if choice is None or choice.tuned_for != problem.shape:
-        default = default_choice(problem)
-        if default is not None and (choice is None or _is_preferred(default)):
-            choice = default
+    choice = _near_choice(problem)
+    if choice is None:
+        choice = default_choice(problem)
+    elif choice.tuned_for != problem.shape:
+        choice = _default_choice(problem, above=_OVER_TUNED) or choice
     choice = choice or next(tuned_choices(problem), None)
     if choice is not None:
         return choice
@@ -292,21 +334,28 @@ def _free_choice(problem: Problem) -> Choice:
     return _choice(problem, None, {}, Tier.REFERENCE, why)
 
 
-def _is_far(choice: Choice) -> bool:
-    """Whether what was tuned says less about the problem than analysis does."""
-    return choice.tuned_for is not None and shape_distance(choice.problem.shape, choice.tuned_for) > _FAR
+def _near_choice(problem: Problem) -> Choice | None:
+    """The best founded of `tuned_choices` that says more about the problem than analysis does.
 
-
-def _is_unwanted(choice: Choice) -> bool:
-    """Whether a family that is not for this shape, of too few samples, say, was tuned for another."""
-    if choice.family is None or choice.tuned_for == choice.problem.shape:
-        return False
-    return family(choice.family).preference(choice.problem) < 0
+    What was tuned for shapes that are far says less; so does a family that is not for this shape, of too few
+    samples, say.
+    """
+    unwanted: dict[str, bool] = {}
+    for distance, found in evidence(problem, within=_FAR):
+        name = found.entry.family
+        if distance:
+            if name not in unwanted:
+                unwanted[name] = family(name).preference(problem) < 0
+            if unwanted[name]:
+                continue
+        if not _violates(problem, found):
+            return _tuned_choice(problem, found, distance)
+    return None
 
 
 def _is_preferred(choice: Choice) -> bool:
     """Whether a default's family asks to be taken over what was tuned for other shapes."""
-    return choice.family is not None and family(choice.family).preference(choice.problem) > 1
+    return choice.family is not None and family(choice.family).preference(choice.problem) > _OVER_TUNED
 
 
 # --- demands --------------------------------------------------------------------------------------
@@ -324,7 +373,7 @@ def _demanded_choice(problem: Problem, demand: Demand) -> Choice | None:
 
     The fast mode is a wish: it is dropped where it does not fit.
     """
-    if problem.device.kind != "cuda":
+    if problem.device.kind != "cuda" or (demand.is_free and not demand.fast_mode):
         return None
     tiled: list[tuple[Family, Parameters]] = []
     for wish in dict.fromkeys((demand, replace(demand, fast_mode=False))):
@@ -352,20 +401,38 @@ def _tiled_elsewhere(problem: Problem, demand: Demand) -> bool:
 
 def _complete(problem: Problem, f: Family, fixed: Parameters) -> Choice | None:
     """``fixed`` with the family's other parameters as near as possible to tuned or default values."""
-    for choice in tuned_choices(problem):
-        if choice.family == f.name and _agrees(choice.parameters, fixed):
+    wanted: Parameters | None = None
+    for distance, found in evidence(problem):
+        if found.entry.family != f.name or _violates(problem, found):
+            continue
+        if _agrees(found.parameters, fixed):
+            choice = _tuned_choice(problem, found, distance)
             return _choice(
                 problem, f.name, choice.parameters, Tier.DEMANDED, choice.source,
                 tuned_for=choice.tuned_for, cost=choice.cost,
             )  # fmt: skip
-    wanted = next((c.parameters for c in tuned_choices(problem) if c.family == f.name), None)
+        wanted = wanted or found.parameters
     wanted = wanted or f.default(problem) or {}
-    fitting = [p for p in _completions(problem, f, fixed) if not f.violations(problem, p)]
-    if not fitting:
+    near = _nearest_completions(problem.layer, f, tuple(fixed.items()), tuple(wanted.items()))
+    best = next((p for p in near if not f.violations(problem, p)), None)
+    if best is None:
         return None
-    space = f.space(problem.operation)
-    best = min(fitting, key=lambda p: _steps(space, p, wanted))
     return _choice(problem, f.name, best, Tier.DEMANDED, "what was left open as near to the default as fits")
+
+
+_Items = tuple[tuple[str, Constant], ...]
+
+
+@lru_cache(maxsize=256)
+def _nearest_completions(layer: Layer, f: Family, fixed: _Items, wanted: _Items) -> list[Parameters]:
+    """What may fit for some batch, by the number of steps from ``wanted``."""
+    space, target = f.space(layer.operation), dict(wanted)
+    return sorted(_fitting_completions(layer, f, fixed), key=lambda p: _steps(space, p, target))
+
+
+@lru_cache(maxsize=256)
+def _fitting_completions(layer: Layer, f: Family, fixed: _Items) -> list[Parameters]:
+    return [p for p in _completions(layer, f, dict(fixed)) if not f.layer_violations(layer, p)]
 
 
 def _completions(problem: Problem, f: Family, fixed: Parameters) -> Iterator[dict[str, Constant]]:
@@ -465,6 +532,8 @@ def _announce(choice: Choice) -> None:
     _announced.add(news)
     if choice.tier is Tier.REFERENCE:
         warnings.warn(f"{choice.describe()}; it is correct but slow", stacklevel=4)
+    elif not logger.isEnabledFor(logging.INFO):
+        pass  # whether it is stale takes long to find out
     elif p.operation not in CALL_OPERATIONS or (
         choice.tier in (Tier.EXACT, Tier.DEMANDED) and not choice.stale
     ):

@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 import platformdirs
 
 from lmkan_gen.device import Device
-from lmkan_gen.problem import LayerShape, Problem
+from lmkan_gen.families import Parameters, family
+from lmkan_gen.freshness import is_stale
+from lmkan_gen.problem import Layer, LayerShape, Problem
 from lmkan_gen.resources import resource_directory
 from lmkan_gen.toolchain.bundle import tuning_files
 from lmkan_gen.tuning_file import DeviceRecord, Entry, TuningFile, TuningFileError, load
 
 TUNING_VARIABLE = "LMKAN_GEN_TUNING"
 #: How far apart shapes are per factor of two: a table's size decides what fits, the batch least.
-_WEIGHTS = {"inputs": 1.0, "outputs": 1.0, "grids": 1.5, "batch": 0.5}
+_WEIGHTS = {"inputs": 1.0, "outputs": 1.0, "grids": 1.5}
+_BATCH_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
@@ -78,47 +82,116 @@ def _files(environment: str | None) -> tuple[tuple[Source, TuningFile], ...]:
 def forget_files() -> None:
     """Read the files again when they are next asked for."""
     _files.cache_clear()
+    _of_layer.cache_clear()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evidence:
-    """An entry that may speak for a problem: from ``source``, measured on this device model or not.
+    """An entry that may speak for a layer: from ``source``, measured on this device model or not.
 
-    ``distance`` is that of the shapes, 0 for equal ones.
+    ``apart`` is the distance of the shapes but for the batch, ``batch`` the entry's. Of equally near entries
+    the one with the lower ``rank`` goes first.
     """
 
+    layer: Layer
     source: Source
     entry: Entry
     same_device: bool
-    distance: float
+    apart: float
+    batch: int
+    rank: int
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """The entry's, read-only."""
+        return MappingProxyType(dict(self.entry.parameters))
+
+    @cached_property
+    def cost(self) -> float:
+        """Measured picoseconds per function evaluation."""
+        return 1e6 * self.entry.time_us.median / self.entry.shape.layer.evaluations
+
+    @cached_property
+    def stale(self) -> bool:
+        """Whether the kernel has changed since it was measured on this device. Renders its source."""
+        of = self.layer
+        measured = Problem(
+            of.operation,
+            self.entry.shape.layer,
+            of.device,
+            of.table,
+            of.deterministic,
+            of.constant,
+            of.workspace,
+        )
+        return self.same_device and is_stale(self.entry, measured)
 
 
-def evidence(problem: Problem) -> Iterator[Evidence]:
-    """Entries for the operation, best first: this device's, then those of its architecture's nearest
-    other device; the nearest shapes first."""
-    device = problem.device
+def evidence(problem: Problem, within: float = math.inf) -> Iterator[tuple[float, Evidence]]:
+    """Entries for the operation and their distances, best first: this device's, then those of its
+    architecture's nearest other device; the nearest shapes first.
+
+    Left out are entries that fit the layer with no batch, and those of shapes farther than ``within``.
+    """
+    batch = problem.shape.batch
+    for group in _of_layer(problem.layer, os.environ.get(TUNING_VARIABLE)):
+        near = [
+            (found.apart + _BATCH_WEIGHT * abs(math.log2(batch / found.batch)), found.rank, found)
+            for found in group
+            if found.apart <= within
+        ]
+        near.sort()  # ranks differ, so that nothing behind them is compared
+        for distance, _, found in near:
+            if distance > within:
+                break
+            yield distance, found
+
+
+@lru_cache(maxsize=1024)
+def _of_layer(layer: Layer, environment: str | None) -> tuple[tuple[Evidence, ...], ...]:
+    """Evidence in groups, the best first: all files of this device, then file by file those of others."""
+    device = layer.device
     own, others = [], []
-    for source, file in _files(os.environ.get(TUNING_VARIABLE)):
+    for source, file in _files(environment):
         if (file.device.name, file.device.arch) == (device.name, device.arch):
             own.append((source, file))
         elif file.device.arch == device.arch:
             others.append((source, file))
-    # sorting is stable: precedence decides ties
-    yield from sorted(
-        (e for source, file in own for e in _of_file(problem, source, file, True)), key=lambda e: e.distance
+    others.sort(key=lambda item: _device_distance(device, item[1].device))
+    return (
+        _group(layer, own, True),
+        *(_group(layer, [item], False) for item in others),
     )
-    for source, file in sorted(others, key=lambda item: _device_distance(device, item[1].device)):
-        yield from sorted(_of_file(problem, source, file, False), key=lambda e: e.distance)
 
 
-def _of_file(problem: Problem, source: Source, file: TuningFile, same_device: bool) -> Iterator[Evidence]:
-    for entry in file.entries:
-        if entry.operation is problem.operation and entry.dtypes.table is problem.table:
-            yield Evidence(source, entry, same_device, shape_distance(problem.shape, entry.shape.layer))
+def _group(
+    layer: Layer, files: Sequence[tuple[Source, TuningFile]], same_device: bool
+) -> tuple[Evidence, ...]:
+    """What files say of a layer; their precedence decides between equally near shapes."""
+    fitting = (
+        (source, entry)
+        for source, file in files
+        for entry in file.entries
+        if entry.operation is layer.operation
+        and entry.dtypes.table is layer.table
+        and not family(entry.family).layer_violations(layer, entry.parameters)
+    )
+    return tuple(
+        Evidence(
+            layer,
+            source,
+            entry,
+            same_device,
+            _layer_distance(layer.shape, entry.shape.layer),
+            entry.shape.batch,
+            rank,
+        )
+        for rank, (source, entry) in enumerate(fitting)
+    )
 
 
-def shape_distance(a: LayerShape, b: LayerShape) -> float:
-    """How unlike two shapes are: factors of two between their sizes, weighted."""
+def _layer_distance(a: LayerShape, b: LayerShape) -> float:
+    """How unlike two shapes are but for the batch: factors of two between their sizes, weighted."""
     return sum(w * abs(math.log2(getattr(a, n) / getattr(b, n))) for n, w in _WEIGHTS.items())
 
 

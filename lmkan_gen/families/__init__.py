@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -23,9 +23,14 @@ def families(
     device_kind: str, operation: Operation, table: TableDtype = TableDtype.FLOAT32
 ) -> tuple[Family, ...]:
     """Families that compute ``operation`` on a ``"cpu"`` or ``"cuda"`` device with tables of a dtype."""
-    return tuple(
-        f for f in _registry().values() if f.device_kind == device_kind and f.computes(operation, table)
-    )
+    return _computing(tuple(_registry().values()), device_kind, operation, table)
+
+
+@lru_cache(maxsize=256)
+def _computing(
+    some: tuple[Family, ...], device_kind: str, operation: Operation, table: TableDtype
+) -> tuple[Family, ...]:
+    return tuple(f for f in some if f.device_kind == device_kind and f.computes(operation, table))
 
 
 def family(name: str) -> Family:

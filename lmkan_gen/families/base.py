@@ -9,12 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from random import Random
 from typing import ClassVar, Literal
 
 from lmkan_gen.plan import Constant, KernelSpec, LaunchPlan
-from lmkan_gen.problem import Operation, Problem, TableDtype
+from lmkan_gen.problem import Layer, Operation, Problem, TableDtype
+
+#: answers that are kept, each for a layer and parameters
+_CAPACITY = 1 << 13
 
 Parameters = Mapping[str, Constant]
 
@@ -64,13 +68,26 @@ class Family(ABC):
     def default(self, problem: Problem) -> Parameters | None:
         """A good guess from analysis alone, or None when nothing fits."""
 
-    @abstractmethod
     def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
         """Why ``parameters`` (inside the space) cannot or should not run; empty when they can."""
+        of_layer = _violations(self, problem.layer, tuple(parameters.items()))
+        return [*of_layer, *self.batch_violations(problem, parameters)]
 
-    @abstractmethod
+    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
+        """Those of `violations` that every batch has."""
+        return []
+
+    def batch_violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        """Those of `violations` that depend on the batch."""
+        return []
+
     def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
-        """The source to render. Must not depend on ``problem.shape.batch``."""
+        """The source to render, the same for every batch."""
+        return _spec(self, problem.layer, tuple(parameters.items()))
+
+    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
+        """What `spec` answers for every batch of a layer."""
+        raise NotImplementedError(f"family {self.name} says nothing of its source")
 
     @abstractmethod
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
@@ -122,3 +139,15 @@ class Family(ABC):
             point = {name: random.choice(values) for name, values in space.items()}
             if not self.violations(problem, point):
                 yield point
+
+
+@lru_cache(_CAPACITY)
+def _violations(
+    family: Family, layer: Layer, parameters: tuple[tuple[str, Constant], ...]
+) -> tuple[Violation, ...]:
+    return tuple(family.layer_violations(layer, dict(parameters)))
+
+
+@lru_cache(_CAPACITY)
+def _spec(family: Family, layer: Layer, parameters: tuple[tuple[str, Constant], ...]) -> KernelSpec:
+    return family.layer_spec(layer, dict(parameters))

@@ -5,14 +5,16 @@ See the head of ``templates/cell_product.cu.j2`` for the idea and what bounds it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import product
 
 from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families import cells
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.families.lanes import WARP
 from lmkan_gen.plan import Constant, KernelSpec, LaunchPlan
-from lmkan_gen.problem import Operation, Problem, TableDtype
+from lmkan_gen.problem import Layer, Operation, Problem, TableDtype
 
 _RESERVED = 1024  # bytes of shared memory of each block: the driver's
 _STEP = 16  # samples
@@ -55,13 +57,13 @@ class CellProduct(Family):
     @staticmethod
     def _shared_memory(walk: cells.Walk, stages: int) -> int:
         """Bytes of a walking block: records, slopes, and of each warp the gradients of some steps."""
-        gradients = cells.VALUE_BYTES[walk.problem.table] * WARP * walk.vector * _STEP
+        gradients = cells.VALUE_BYTES[walk.layer.table] * WARP * walk.vector * _STEP
         return walk.walk_memory + walk.warps * stages * gradients
 
-    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
         """See base class."""
-        device = problem.device
-        walk, stages, blocks = _values(problem, parameters)
+        device = layer.device
+        walk, stages, blocks = _values(layer, parameters)
         if device.compute_capability < 80:
             why = f"products of half operands need sm_80 or newer, {device.name} is {device.arch}"
             return [Violation("architecture", why)]
@@ -75,7 +77,7 @@ class CellProduct(Family):
                 Violation(
                     "tile",
                     f"vector={walk.vector} gives a warp {WARP * walk.vector} outputs, "
-                    f"of {problem.shape.outputs} it would have half or less",
+                    f"of {layer.shape.outputs} it would have half or less",
                 )
             )
         need, most = self._shared_memory(walk, stages), device.shared_memory_per_multiprocessor
@@ -101,39 +103,50 @@ class CellProduct(Family):
             )
         return found
 
+    def batch_violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        """See base class."""
+        walk = cells.Walk.with_parameters(problem.layer, parameters)
+        return walk.batch_violations(problem.shape.batch)
+
     def default(self, problem: Problem) -> Parameters | None:
         """Wide warps, chunks whose gradients stay in cache, segments short enough to fill the device."""
-        shape = problem.shape
-        # finer grids need more samples in a chunk for windows to have steps of them
-        sizes = tuple(s for s in (256, 128, 64, 32, 16, 8, 4, 2, 1) if s <= 16 or 350 * s < 16 * shape.knots)
-        for vector in (4, 2, 1):
-            for items in sizes:
-                walk = cells.Walk(problem, items, vector, WARP)
-                for segment in (*walk.filling((512, 256, 128)), 64):
-                    parameters = {"items": items, "segment": segment, "vector": vector, "stages": 2}
-                    for blocks in (2, 1):
-                        if not self.violations(problem, parameters | {"blocks": blocks}):
-                            return parameters | {"blocks": blocks}
-        return None
+        return cells.first(_guesses(problem.layer), problem.shape.batch)
 
-    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+    def guesses(self, layer: Layer) -> Iterator[cells.Guess]:
+        """Candidates for the default, the best first."""
+        # finer grids need more samples in a chunk for windows to have steps of them
+        knots = layer.shape.knots
+        sizes = tuple(s for s in (256, 128, 64, 32, 16, 8, 4, 2, 1) if s <= 16 or 350 * s < 16 * knots)
+        for vector, items, segment in product((4, 2, 1), sizes, (512, 256, 128, 64)):
+            walk = cells.Walk.of(layer, items, vector, segment)
+            for blocks in (2, 1):
+                parameters = {"items": items, "segment": segment, "vector": vector, "stages": 2}
+                parameters["blocks"] = blocks
+                if not self.layer_violations(layer, parameters):
+                    yield cells.Guess(parameters, walk, filling=segment > 64)
+                    break
+
+    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
         """See base class."""
-        walk, stages, blocks = _values(problem, parameters)
+        walk, stages, blocks = _values(layer, parameters)
         constants = {**walk.constants(), "stages": stages, "blocks": blocks}
-        return KernelSpec.make("cell_product.cu.j2", problem.device.arch, constants)
+        return KernelSpec.make("cell_product.cu.j2", layer.device.arch, constants)
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""
-        walk, stages, _ = _values(problem, parameters)
-        return walk.plan(self._shared_memory(walk, stages))
+        walk, stages, _ = _values(problem.layer, parameters)
+        return walk.plan(problem.shape.batch, self._shared_memory(walk, stages))
 
 
-def _values(problem: Problem, parameters: Parameters) -> tuple[cells.Walk, int, int]:
+def _values(layer: Layer, parameters: Parameters) -> tuple[cells.Walk, int, int]:
     """The walk, its stages, and blocks of a multiprocessor."""
-    items, vector, segment, stages, blocks = (
-        int(parameters[k]) for k in ("items", "vector", "segment", "stages", "blocks")
-    )
-    return cells.Walk(problem, items, vector, segment), stages, blocks
+    walk = cells.Walk.with_parameters(layer, parameters)
+    return walk, int(parameters["stages"]), int(parameters["blocks"])
 
 
 FAMILY = CellProduct()
+
+
+@lru_cache(maxsize=1024)
+def _guesses(layer: Layer) -> tuple[cells.Guess, ...]:
+    return tuple(FAMILY.guesses(layer))

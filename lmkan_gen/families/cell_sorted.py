@@ -5,14 +5,16 @@ See the head of ``templates/cell_sorted.cu.j2`` for the idea and what bounds it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import product
 
 from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families import cells
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.families.lanes import WARP
 from lmkan_gen.plan import Constant, KernelSpec, LaunchPlan
-from lmkan_gen.problem import Operation, Problem, TableDtype
+from lmkan_gen.problem import Layer, Operation, Problem, TableDtype
 
 #: along the outputs, where lanes get many of them: what a sample costs is shared by its lanes' outputs
 _LEAST_LANES = 8
@@ -50,10 +52,10 @@ class CellSorted(Family):
         """Where tables of a tile fit into shared memory, reading them there is faster for one gradient."""
         return {Operation.BACKWARD: 0.9, Operation.GRAD_INPUT: -1.0}.get(problem.operation, 0.0)
 
-    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
         """See base class."""
-        device = problem.device
-        walk, unroll, blocks = _values(problem, parameters)
+        device = layer.device
+        walk, unroll, blocks = _values(layer, parameters)
         found = walk.violations()
         if walk.lanes < 2 * unroll * walk.with_input:
             found.append(
@@ -72,7 +74,7 @@ class CellSorted(Family):
                     f"{device.name} has {device.shared_memory_per_block} per block, {most} in all",
                 )
             )
-        asked = 2 * unroll * cells.VALUE_BYTES[problem.table] / 4
+        asked = 2 * unroll * cells.VALUE_BYTES[layer.table] / 4
         kept = (
             asked + 4 * walk.with_table + 3 * walk.with_input
         ) * walk.vector + 2 * unroll * walk.with_input
@@ -89,47 +91,54 @@ class CellSorted(Family):
             )
         return found
 
+    def batch_violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        """See base class."""
+        walk = cells.Walk.with_parameters(problem.layer, parameters)
+        return walk.batch_violations(problem.shape.batch)
+
     def default(self, problem: Problem) -> Parameters | None:
         """Wide lanes, chunks whose gradients stay in cache, segments short enough to fill the device."""
-        shape = problem.shape
+        return cells.first(_guesses(problem.layer), problem.shape.batch)
+
+    def guesses(self, layer: Layer) -> Iterator[cells.Guess]:
+        """Candidates for the default, the best first."""
+        shape = layer.shape
         # finer grids need more samples in a chunk for runs of equal cells
         sizes = tuple(s for s in (64, 32, 16, 8, 4, 2, 1) if s <= 8 or 1000 * s < 16 * shape.knots)
         outputs = max(shape.outputs, WARP)
-        for vector in (v for v in (8, 4, 2, 1) if v == 1 or _LEAST_LANES * v <= outputs):
-            for items in sizes:
-                walk = cells.Walk(problem, items, vector, WARP)
-                enough = walk.filling((512, 256, 128, 64))
-                # in a fixed order, short segments may need more scratch memory than there is
-                for segment in (*enough, 32, *(_SEGMENTS if walk.ordered else ())):
-                    parameters = {
-                        "items": items,
-                        "segment": segment,
-                        "vector": vector,
-                        "unroll": 2,
-                        "blocks": 2,
-                    }
-                    if not self.violations(problem, parameters):
-                        return parameters
-        return None
+        vectors = tuple(v for v in (8, 4, 2, 1) if v == 1 or _LEAST_LANES * v <= outputs)
+        filling = [(segment, True) for segment in (512, 256, 128, 64)]
+        for vector, items in product(vectors, sizes):
+            # in a fixed order, short segments may need more scratch memory than there is
+            ordered = cells.Walk.of(layer, items, vector, WARP).ordered
+            others = [(segment, False) for segment in (32, *(_SEGMENTS if ordered else ()))]
+            for segment, fills in (*filling, *others):
+                walk = cells.Walk.of(layer, items, vector, segment)
+                parameters = {"items": items, "segment": segment, "vector": vector, "unroll": 2, "blocks": 2}
+                if not self.layer_violations(layer, parameters):
+                    yield cells.Guess(parameters, walk, fills)
 
-    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
         """See base class."""
-        walk, unroll, blocks = _values(problem, parameters)
+        walk, unroll, blocks = _values(layer, parameters)
         constants = {**walk.constants(), "unroll": unroll, "blocks": blocks, "lanes": walk.lanes}
-        return KernelSpec.make("cell_sorted.cu.j2", problem.device.arch, constants)
+        return KernelSpec.make("cell_sorted.cu.j2", layer.device.arch, constants)
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""
-        walk, _, _ = _values(problem, parameters)
-        return walk.plan(walk.walk_memory)
+        walk, _, _ = _values(problem.layer, parameters)
+        return walk.plan(problem.shape.batch, walk.walk_memory)
 
 
-def _values(problem: Problem, parameters: Parameters) -> tuple[cells.Walk, int, int]:
+def _values(layer: Layer, parameters: Parameters) -> tuple[cells.Walk, int, int]:
     """The walk, samples asked for together, and blocks of a multiprocessor."""
-    items, vector, segment, unroll, blocks = (
-        int(parameters[k]) for k in ("items", "vector", "segment", "unroll", "blocks")
-    )
-    return cells.Walk(problem, items, vector, segment), unroll, blocks
+    walk = cells.Walk.with_parameters(layer, parameters)
+    return walk, int(parameters["unroll"]), int(parameters["blocks"])
 
 
 FAMILY = CellSorted()
+
+
+@lru_cache(maxsize=1024)
+def _guesses(layer: Layer) -> tuple[cells.Guess, ...]:
+    return tuple(FAMILY.guesses(layer))

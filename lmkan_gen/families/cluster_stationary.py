@@ -14,7 +14,7 @@ from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan
-from lmkan_gen.problem import Operation, Problem, TableDtype
+from lmkan_gen.problem import Layer, Operation, Problem, TableDtype
 
 _MAX_GRID = 2**31 - 1  # blocks along the first axis
 #: of one multiprocessor, from the level-2 cache, in bytes per microsecond; only ratios matter
@@ -65,15 +65,15 @@ class ClusterStationary(Family):
         rows = v.outs if problem.operation is Operation.FORWARD else 2 * v.pairs
         return 4 * rows * v.samples * v.threads
 
-    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
         """See base class."""
-        shape, device = problem.shape, problem.device
+        shape, device = layer.shape, layer.device
         v = _values(parameters)
         if device.compute_capability < 90:
             why = f"thread-block clusters need sm_90 or newer, {device.name} is {device.arch}"
             return [Violation("architecture", why)]
         found = []
-        words = v.outs // lanes.pack(problem)
+        words = v.outs // lanes.pack(layer)
         if v.pairs * words % lanes.WARP:
             found.append(
                 Violation(
@@ -81,28 +81,28 @@ class ClusterStationary(Family):
                     f"a row of {v.pairs} pairs x {words} words is no multiple of the {lanes.WARP} banks",
                 )
             )
-        if (need := self.shared_memory(problem, parameters)) > device.shared_memory_per_block:
+        if (need := self.shared_memory(layer, parameters)) > device.shared_memory_per_block:
             found.append(
                 Violation(
                     "shared_memory",
                     f"num_grids={shape.grids} with a tile of {v.pairs} pairs x {v.outs} outputs, or in its "
-                    f"place {self._parts(problem, parameters)} bytes of results of {v.samples} x {v.threads} "
+                    f"place {self._parts(layer, parameters)} bytes of results of {v.samples} x {v.threads} "
                     f"samples, needs {need} bytes of shared memory per block, {device.name} has "
                     f"{device.shared_memory_per_block}",
                 )
             )
-        if problem.deterministic and v.splits > 1:
+        if layer.deterministic and v.splits > 1:
             why = f"{v.splits} clusters add to the same results in an order that varies, splits=1 has one"
             found.append(Violation("deterministic", why))
         if v.ahead > v.pairs:
             found.append(Violation("wasted", f"ahead={v.ahead} is more than the tile's {v.pairs} pairs"))
-        if problem.operation is Operation.FORWARD and v.ahead % 2 and lanes.pack(problem) > 1:
+        if layer.operation is Operation.FORWARD and v.ahead % 2 and lanes.pack(layer) > 1:
             found.append(
                 Violation(
-                    "table", f"two pairs share a sum in {problem.table}, ahead={v.ahead} is odd; take 2 or 4"
+                    "table", f"two pairs share a sum in {layer.table}, ahead={v.ahead} is odd; take 2 or 4"
                 )
             )
-        needed = self._registers(problem, parameters)
+        needed = self._registers(layer, parameters)
         if needed > (limit := registers_per_thread(v.threads)):
             found.append(
                 Violation(
@@ -111,9 +111,14 @@ class ClusterStationary(Family):
                     f"{v.pairs} x {v.outs} need about {needed}",
                 )
             )
-        if (blocks := self._blocks(problem, parameters)) > _MAX_GRID:
-            found.append(Violation("grid", f"batch={shape.batch} makes {blocks} blocks, at most {_MAX_GRID}"))
         return found
+
+    def batch_violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        """See base class."""
+        if (blocks := self._blocks(problem, parameters)) <= _MAX_GRID:
+            return []
+        why = f"batch={problem.shape.batch} makes {blocks} blocks, at most {_MAX_GRID}"
+        return [Violation("grid", why)]
 
     def wasted(self, problem: Problem, parameters: Parameters) -> bool:
         """Whether most of a tile, of a cluster or of a block's samples would be padding."""
@@ -185,20 +190,20 @@ class ClusterStationary(Family):
         tiles, _ = lanes.tiles(problem, v.pairs, v.outs)
         return tiles * -(-problem.shape.batch // (v.samples * v.threads)) * v.cluster * v.splits
 
-    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
         """See base class."""
         v = _values(parameters)
-        constants = lanes.constants(problem, v.pairs, v.outs) | {
+        constants = lanes.constants(layer, v.pairs, v.outs) | {
             "samples": v.samples,
             "threads": v.threads,
             "cluster": v.cluster,
             "splits": v.splits,
             "ahead": v.ahead,
             "coordinates": "inline",
-            "copy": next(n for n in (4, 2, 1) if problem.shape.pairs % n == 0 and v.pairs % n == 0),
+            "copy": next(n for n in (4, 2, 1) if layer.shape.pairs % n == 0 and v.pairs % n == 0),
             "asynchronous": 1,
         }
-        return KernelSpec.make("cluster_stationary.cu.j2", problem.device.arch, constants)
+        return KernelSpec.make("cluster_stationary.cu.j2", layer.device.arch, constants)
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.families.row_vector import lanes
 from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
-from lmkan_gen.problem import Operation, Problem
+from lmkan_gen.problem import Layer, Operation, Problem
 
 #: knots per sample from which on this is faster than to lay out all of them
 _KNOTS_PER_SAMPLE = 10
@@ -43,12 +43,11 @@ class FewSamples(Family):
         parameters = {"tile": 64}
         return None if self.violations(problem, parameters) else parameters
 
-    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
         """See base class."""
-        shape = problem.shape
-        if problem.constant:
+        if layer.constant:
             return [Violation("constant", "a table that stays as it is is better laid out, once")]
-        if (values := shape.table_bytes // 4) >= _INDICES:
+        if (values := layer.shape.table_bytes // 4) >= _INDICES:
             return [Violation("index", f"the table has {values} values, indices reach to {_INDICES}")]
         return []
 
@@ -56,15 +55,15 @@ class FewSamples(Family):
         """Whether every knot is read many times."""
         return problem.shape.batch > problem.shape.knots
 
-    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
         """See base class."""
         constants: dict[str, Constant] = {
-            "operation": str(problem.operation),
-            "grids": problem.shape.grids,
-            "lanes": lanes(problem),
+            "operation": str(layer.operation),
+            "grids": layer.shape.grids,
+            "lanes": lanes(layer),
             "outputs_tile": parameters["tile"],
         }
-        return KernelSpec.make("few_samples.cpp.j2", problem.device.arch, constants)
+        return KernelSpec.make("few_samples.cpp.j2", layer.device.arch, constants)
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""

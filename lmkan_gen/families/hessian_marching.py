@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan, Workspace
-from lmkan_gen.problem import Operation, Problem
+from lmkan_gen.problem import Layer, Operation, Problem
 
 _WARP = 32
 _TOTAL_THREADS = 1024
@@ -36,20 +36,20 @@ class HessianMarching(Family):
         """
         return {"vector": (1, 2, 4), "warps": (4, 8), "ahead": (0, 2, 4, 8)}
 
-    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
         """See base class."""
-        functions, (vector, warps) = _functions(problem), _values(parameters)
+        functions, (vector, warps) = _functions(layer), _values(parameters)
         found = []
         if functions % vector:
             found.append(
                 Violation("divisibility", f"vector={vector} does not divide {functions} functions per knot")
             )
-        need = 8 * (problem.shape.grids + 5) + 8 * max(_WARP * warps, _TOTAL_THREADS)
+        need = 8 * (layer.shape.grids + 5) + 8 * max(_WARP * warps, _TOTAL_THREADS)
         if need > _STATIC_SHARED:
             found.append(
                 Violation(
                     "shared_memory",
-                    f"{problem.shape.grids} grids need {need} bytes of shared memory, at most "
+                    f"{layer.shape.grids} grids need {need} bytes of shared memory, at most "
                     f"{_STATIC_SHARED} are there",
                 )
             )
@@ -68,15 +68,15 @@ class HessianMarching(Family):
         """Warps, when none of their columns is cut into stretches."""
         return -(-_functions(problem) // (_WARP * vector)) * _columns(problem)
 
-    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
         """See base class."""
         vector, warps = _values(parameters)
         return KernelSpec.make(
             "hessian_marching.cu.j2",
-            problem.device.arch,
+            layer.device.arch,
             {
-                "operation": str(problem.operation),
-                "grids": problem.shape.grids,
+                "operation": str(layer.operation),
+                "grids": layer.shape.grids,
                 "vector": vector,
                 "warps": warps,
                 "ahead": parameters["ahead"],

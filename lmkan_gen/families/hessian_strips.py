@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from lmkan_gen.families.base import Family, Parameters, Violation
+from lmkan_gen.families.base import Family, Parameters
 from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan, Workspace
-from lmkan_gen.problem import Operation, Problem
+from lmkan_gen.problem import Layer, Operation, Problem
 
 #: floats of one SIMD register
 _LANES = {"generic": 4, "x86-64-v3": 8, "x86-64-v4": 16}
@@ -32,17 +32,14 @@ class HessianStrips(Family):
     def default(self, problem: Problem) -> Parameters | None:
         return {}
 
-    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
-        return []
-
-    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
         return KernelSpec.make(
             "hessian_strips.cpp.j2",
-            problem.device.arch,
+            layer.device.arch,
             {
-                "operation": str(problem.operation),
-                "grids": problem.shape.grids,
-                "lanes": _LANES[problem.device.arch],
+                "operation": str(layer.operation),
+                "grids": layer.shape.grids,
+                "lanes": _LANES[layer.device.arch],
                 "strip": _STRIP,
             },
         )

@@ -14,7 +14,7 @@ from lmkan_gen.families.row_vector import FAMILY as ROW_VECTOR
 from lmkan_gen.families.row_vector import lanes
 from lmkan_gen.packing import row_pitch
 from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
-from lmkan_gen.problem import Operation, Problem, TableDtype
+from lmkan_gen.problem import Layer, Operation, Problem, TableDtype
 
 
 class KeptRows(Family):
@@ -46,10 +46,10 @@ class KeptRows(Family):
         """See base class."""
         return ROW_VECTOR.default(problem) if problem.constant else None
 
-    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
         """See base class."""
-        found = ROW_VECTOR.too_wide(problem, parameters)
-        if not problem.constant:
+        found = ROW_VECTOR.too_wide(layer, parameters)
+        if not layer.constant:
             found.append(
                 Violation("constant", "the table may change from call to call, and is laid out only once")
             )
@@ -59,17 +59,17 @@ class KeptRows(Family):
         """See base class."""
         return ROW_VECTOR.wasted(problem, parameters)
 
-    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
         """See base class."""
         constants: dict[str, Constant] = {
-            "operation": str(problem.operation),
-            "grids": problem.shape.grids,
-            "lanes": lanes(problem),
-            "table": str(problem.table),
+            "operation": str(layer.operation),
+            "grids": layer.shape.grids,
+            "lanes": lanes(layer),
+            "table": str(layer.table),
         }
         if "outputs_tile" in parameters:
             constants["outputs_tile"] = parameters["outputs_tile"]
-        return KernelSpec.make("kept_rows.cpp.j2", problem.device.arch, constants)
+        return KernelSpec.make("kept_rows.cpp.j2", layer.device.arch, constants)
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""

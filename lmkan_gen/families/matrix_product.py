@@ -6,6 +6,8 @@ See the head of ``templates/matrix_product.cu.j2`` for the idea and what bounds 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 
 from lmkan_gen.device import registers_per_thread
@@ -13,7 +15,7 @@ from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.packing import FRAGMENT_SCALES, fragments_name
 from lmkan_gen.plan import Argument, Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
-from lmkan_gen.problem import Operation, Problem, TableDtype
+from lmkan_gen.problem import Layer, Operation, Problem, TableDtype
 
 _STEP = 16  # pairs, or outputs, of a piece of a table
 _PAD = 32  # pairs are located up to a multiple of it
@@ -89,18 +91,18 @@ class MatrixProduct(Family):
             return tiles * samples // 2 + samples // 4 + ratios + 28
         return tiles * samples + samples // 2 + 28
 
-    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
         """See base class."""
-        shape, device = problem.shape, problem.device
+        shape, device = layer.shape, layer.device
         if device.compute_capability < 80:
             why = f"tensor cores for float32 need sm_80 or newer, {device.name} is {device.arch}"
             return [Violation("architecture", why)]
         found = []
-        if problem.table is TableDtype.INT8:
+        if layer.table is TableDtype.INT8:
             if int(parameters["tiles"]) % 2:
                 why = f"int8 coefficients of 32 outputs lie together: tiles={parameters['tiles']} is odd"
                 found.append(Violation("tile", f"{why}, must be 2 or 4"))
-            if not problem.constant:
+            if not layer.constant:
                 why = "int8 tables are arranged for tensor cores, which pays where they do not change"
                 found.append(Violation("constant", why))
         if shape.grids > _MAX_GRIDS:
@@ -109,7 +111,7 @@ class MatrixProduct(Family):
                     "grid", f"num_grids={shape.grids}: a cell has 4 bits per axis, at most {_MAX_GRIDS} fit"
                 )
             )
-        need = self.shared_memory(problem, parameters)
+        need = self.shared_memory(layer, parameters)
         if need + _RESERVED > device.shared_memory_per_block:
             found.append(
                 Violation(
@@ -119,7 +121,7 @@ class MatrixProduct(Family):
                 )
             )
         limit = registers_per_thread(lanes.WARP * int(parameters["warps"]))
-        if (needed := self._registers(problem, parameters)) > limit:
+        if (needed := self._registers(layer, parameters)) > limit:
             found.append(
                 Violation(
                     "registers",
@@ -127,12 +129,17 @@ class MatrixProduct(Family):
                     f"{parameters['warps']} warps have {limit} each",
                 )
             )
-        if problem.operation is Operation.FORWARD and int(parameters["slice"]) <= int(parameters["pairs"]):
+        if layer.operation is Operation.FORWARD and int(parameters["slice"]) <= int(parameters["pairs"]):
             why = f"slice={parameters['slice']} is no more than pairs={parameters['pairs']}"
             found.append(Violation("wasted", f"{why}: no weights are made ahead"))
-        _, *rest = self._grid(problem, parameters)
+        _, *rest = self._grid(layer, parameters)
         if max(rest) > _MAX_GRID:
             found.append(Violation("grid", f"{rest} blocks, at most {_MAX_GRID} fit a launch"))
+        return found
+
+    def batch_violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        """See base class."""
+        found, shape = [], problem.shape
         widest = max(shape.outputs, _padded(problem))
         summed = widest * _located_samples(problem, parameters)
         if -(-summed // _THREADS) > _MAX_BLOCKS:
@@ -164,6 +171,12 @@ class MatrixProduct(Family):
 
     def default(self, problem: Problem) -> Parameters | None:
         """Of a few good candidates the one whose blocks leave the fewest multiprocessors idle."""
+        batch = problem.shape.batch
+        samples = _default_samples(batch)
+        return _default(problem.layer, -(-batch // samples) * samples)
+
+    def default_of_whole_tiles(self, problem: Problem) -> Parameters | None:
+        """The same for a batch of whole tiles, and so for all batches of as many tiles."""
         best: tuple[float, dict[str, Constant]] | None = None
         for parameters in self._default_candidates(problem):
             if self.violations(problem, parameters):
@@ -178,7 +191,7 @@ class MatrixProduct(Family):
 
     @staticmethod
     def _default_candidates(problem: Problem) -> Iterator[dict[str, Constant]]:
-        samples = 64 if problem.shape.batch > lanes.WARP else lanes.WARP
+        samples = _default_samples(problem.shape.batch)
         if problem.operation is Operation.FORWARD:
             # less time goes by per coefficient of a byte, so more of them have to be under way
             ahead = (6, 4, 3) if problem.table is TableDtype.INT8 else (4, 3)
@@ -192,16 +205,16 @@ class MatrixProduct(Family):
             for (warps, tiles), outs in product(((16, 2), (8, 4), (4, 4)), (256, 128, 64)):
                 yield {"samples": samples, "warps": warps, "outs": outs, "tiles": tiles}
 
-    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
         """See base class."""
         constants: dict[str, Constant] = {
-            "operation": str(problem.operation),
-            "grids": problem.shape.grids,
+            "operation": str(layer.operation),
+            "grids": layer.shape.grids,
             # gradients of half operands: reading the table as it is takes no longer than to round it
-            "table": str(problem.table if problem.operation is Operation.FORWARD else TableDtype.FLOAT32),
-            **{name: parameters[name] for name in self.space(problem.operation) if name != "slice"},
+            "table": str(layer.table if layer.operation is Operation.FORWARD else TableDtype.FLOAT32),
+            **{name: parameters[name] for name in self.space(layer.operation) if name != "slice"},
         }
-        return KernelSpec.make("matrix_product.cu.j2", problem.device.arch, constants)
+        return KernelSpec.make("matrix_product.cu.j2", layer.device.arch, constants)
 
     @staticmethod
     def _grid(problem: Problem, parameters: Parameters) -> tuple[int, int, int]:
@@ -301,6 +314,10 @@ class MatrixProduct(Family):
         return LaunchPlan(tuple(workspaces), tuple(steps))
 
 
+def _default_samples(batch: int) -> int:
+    return 64 if batch > lanes.WARP else lanes.WARP
+
+
 def _padded(problem: Problem) -> int:
     """Pairs that are located."""
     return -(-problem.shape.pairs // _PAD) * _PAD
@@ -322,3 +339,9 @@ def _located_samples(problem: Problem, parameters: Parameters) -> int:
 
 
 FAMILY = MatrixProduct()
+
+
+@lru_cache(maxsize=1024)
+def _default(layer: Layer, batch: int) -> Parameters | None:
+    shape = replace(layer.shape, batch=batch)
+    return FAMILY.default_of_whole_tiles(layer.of(shape))

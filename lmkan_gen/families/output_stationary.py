@@ -6,16 +6,19 @@ See the head of ``templates/output_stationary.cu.j2`` for the idea and what boun
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lmkan_gen.device import REGISTERS, registers_per_thread
 from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.packing import SCALE_PAIRS, stages_name
-from lmkan_gen.plan import Argument, Constant, KernelSpec, Launch, LaunchPlan, TensorMap, Workspace
-from lmkan_gen.problem import Operation, Problem, TableDtype
+from lmkan_gen.plan import Argument, Constant, KernelSpec, Launch, LaunchPlan, TensorMap, Workspace, strides
+from lmkan_gen.problem import Layer, Operation, Problem, TableDtype
 
 _MAX_GRID = 65535  # blocks along the second axis
 _MAX_STAGES = 2**31 - 1
@@ -74,16 +77,16 @@ class OutputStationary(Family):
         pairs, outs, _, _, stages, _ = _values(parameters)
         return stages * _stage_bytes(problem, pairs, outs)
 
-    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
         """See base class."""
-        shape, device = problem.shape, problem.device
+        shape, device = layer.shape, layer.device
         pairs, outs, samples, threads, stages, ahead = _values(parameters)
         if device.compute_capability < 90:
             why = f"bulk copies need sm_90 or newer, {device.name} is {device.arch}"
             return [Violation("architecture", why)]
         found = []
-        words = outs // lanes.pack(problem)
-        narrow_rows = lanes.half_rows(problem, pairs, outs) and problem.table is not TableDtype.INT8
+        words = outs // lanes.pack(layer)
+        narrow_rows = lanes.half_rows(layer, pairs, outs) and layer.table is not TableDtype.INT8
         if pairs * words % lanes.WARP and not narrow_rows:
             found.append(
                 Violation(
@@ -102,9 +105,9 @@ class OutputStationary(Family):
                 )
             )
         if _is_tensor(parameters):
-            found += self._tensor_violations(problem, pairs, vector)
+            found += self._tensor_violations(layer, pairs, vector)
         blocks = int(parameters["blocks"])
-        need, most = self.shared_memory(problem, parameters), device.shared_memory_per_multiprocessor
+        need, most = self.shared_memory(layer, parameters), device.shared_memory_per_multiprocessor
         # 1 KiB of each block's own, and the driver's share
         if need + 1024 > device.shared_memory_per_block or blocks * (need + 2048) > most:
             found.append(
@@ -117,21 +120,19 @@ class OutputStationary(Family):
             )
         if ahead > pairs:
             found.append(Violation("wasted", f"ahead={ahead} is more than a stage's {pairs} pairs"))
-        if problem.operation is Operation.FORWARD and ahead < min(2, pairs):
+        if layer.operation is Operation.FORWARD and ahead < min(2, pairs):
             found.append(Violation("wasted", f"ahead={ahead} pair leaves loads no time"))
-        if problem.operation is Operation.FORWARD and ahead % 2 and lanes.pack(problem) > 1:
-            found.append(
-                Violation("table", f"two pairs share a sum in {problem.table}, ahead={ahead} is odd")
-            )
-        if _is_inline(problem, parameters) and problem.operation is Operation.FORWARD:
+        if layer.operation is Operation.FORWARD and ahead % 2 and lanes.pack(layer) > 1:
+            found.append(Violation("table", f"two pairs share a sum in {layer.table}, ahead={ahead} is odd"))
+        if _is_inline(layer, parameters) and layer.operation is Operation.FORWARD:
             if ahead != pairs:
                 why = f"ahead={ahead}: inputs are asked for a stage at a time, by ahead={pairs} pairs"
                 found.append(Violation("wasted", why))
-            if problem.table is TableDtype.INT8:
+            if layer.table is TableDtype.INT8:
                 found.append(Violation("table", "int8 weights come from a pre-pass"))
-        if problem.table is TableDtype.INT8 and pairs > SCALE_PAIRS:
+        if layer.table is TableDtype.INT8 and pairs > SCALE_PAIRS:
             found.append(Violation("table", f"int8 scales are those of {SCALE_PAIRS} pairs, not {pairs}"))
-        needed = self._registers(problem, parameters)
+        needed = self._registers(layer, parameters)
         if needed > (limit := _register_limit(parameters)):
             found.append(
                 Violation(
@@ -140,17 +141,25 @@ class OutputStationary(Family):
                     f"outputs need about {needed}",
                 )
             )
+        return found
+
+    def batch_violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        """See base class."""
+        shape = problem.shape
+        pairs, outs, threads = int(parameters["pairs"]), int(parameters["outs"]), int(parameters["threads"])
         tiles = -(-shape.outputs // outs)
         stages_of_all = tiles * -(-shape.pairs // pairs) * -(-shape.batch // threads)
-        if tiles > _MAX_GRID or stages_of_all > _MAX_STAGES:
-            found.append(
-                Violation(
-                    "grid",
-                    f"{tiles} tiles of outputs and {stages_of_all} stages in all, at most {_MAX_GRID} and "
-                    f"{_MAX_STAGES} can be counted",
-                )
-            )
-        return found
+        if tiles <= _MAX_GRID and stages_of_all <= _MAX_STAGES:
+            return []
+        why = (
+            f"{tiles} tiles of outputs and {stages_of_all} stages in all, at most {_MAX_GRID} and "
+            f"{_MAX_STAGES} can be counted"
+        )
+        return [Violation("grid", why)]
+
+    def takes_tensor_copies(self, layer: Layer) -> bool:
+        """Whether some stages could be copied out of the layer's table as it is."""
+        return not self._tensor_violations(layer, _TENSOR_WORDS, 1)
 
     @staticmethod
     def _tensor_violations(problem: Problem, pairs: int, vector: int) -> list[Violation]:
@@ -174,11 +183,16 @@ class OutputStationary(Family):
 
     def wasted(self, problem: Problem, parameters: Parameters) -> bool:
         """See base class."""
-        shape = problem.shape
-        pairs, outs, samples, threads, _, _ = _values(parameters)
+        _, _, samples, threads, _, _ = _values(parameters)
+        return (samples - 1) * threads >= problem.shape.batch or self._wasted_by_layer(problem, parameters)
+
+    @staticmethod
+    def _wasted_by_layer(problem: Problem, parameters: Parameters) -> bool:
+        """The same for any batch."""
+        shape, (pairs, outs, *_) = problem.shape, _values(parameters)
         if int(parameters["together"]) > _most_together(problem, parameters):
             return True
-        return outs >= 2 * shape.outputs or pairs >= 2 * shape.pairs or (samples - 1) * threads >= shape.batch
+        return outs >= 2 * shape.outputs or pairs >= 2 * shape.pairs
 
     @staticmethod
     def _default_together(problem: Problem, parameters: Parameters) -> int:
@@ -215,30 +229,21 @@ class OutputStationary(Family):
         return {TableDtype.FLOAT32: 16, TableDtype.INT8: 8}.get(problem.table, 0)
 
     def preference(self, problem: Problem) -> float:
-        """Faster than tiles that stay, where there are samples enough for every multiprocessor.
-
-        Twice as many where the table has to be arranged.
-        """
-        shape = problem.shape
-        width = shape.outputs if problem.operation is Operation.FORWARD else shape.pairs
-        arranged = bool(self._tensor_violations(problem, _TENSOR_WORDS, 1)) and not _is_kept(problem)
-        least = (256 if arranged else 128) * lanes.WARP * problem.device.multiprocessors
-        return 0.5 if shape.batch * width >= least else -0.5
+        """Faster than tiles that stay, where there are samples enough for every multiprocessor."""
+        return 0.5 if problem.shape.batch >= _least_batch(problem.layer) else -0.5
 
     def default(self, problem: Problem) -> Parameters | None:
-        """The cheapest candidate of a small set by `estimate`."""
-        best: tuple[float, dict[str, Constant]] | None = None
-        for parameters in self._default_candidates(problem):
-            if self.violations(problem, parameters) or self.wasted(problem, parameters):
+        """The fastest of a small set of candidates by their rough times."""
+        return _guesses(problem.layer).best(problem.shape.batch)
+
+    def candidates_that_fit(self, layer: Layer) -> Iterator[dict[str, Constant]]:
+        """Those for the default that may be taken for some batch."""
+        for parameters in self._default_candidates(layer):
+            if self.layer_violations(layer, parameters) or self._wasted_by_layer(layer, parameters):
                 continue
-            if self._registers(problem, parameters) + self._spare(problem, parameters) > _register_limit(
-                parameters
-            ):
-                continue
-            cost = self.estimate(problem, parameters)
-            if best is None or cost < best[0]:
-                best = (cost, parameters)
-        return best[1] if best else None
+            needed = self._registers(layer, parameters) + self._spare(layer, parameters)
+            if needed <= _register_limit(parameters):
+                yield parameters
 
     @staticmethod
     def _default_candidates(problem: Problem) -> Iterator[dict[str, Constant]]:
@@ -259,9 +264,10 @@ class OutputStationary(Family):
                 parameters["ahead"] = 1
             yield parameters | {"together": OutputStationary._default_together(problem, parameters)}
 
-    def estimate(self, problem: Problem, parameters: Parameters) -> float:
-        """A rough time in microseconds; ranks candidates where nothing was tuned."""
-        shape, forward = problem.shape, problem.operation is Operation.FORWARD
+    @staticmethod
+    def cycles(problem: Problem, parameters: Parameters) -> float:
+        """Of a column of samples and a stage, roughly; ranks candidates where nothing was tuned."""
+        forward = problem.operation is Operation.FORWARD
         pairs, outs, samples, threads, _, ahead = _values(parameters)
         warps = threads // lanes.WARP
         reads = {TableDtype.FLOAT32: 4, TableDtype.INT8: 1}.get(problem.table, 2)
@@ -282,35 +288,25 @@ class OutputStationary(Family):
             stage *= max(1.0, 8 / pairs)
         cycles = warps * max(passes + stage / 128, instructions / 4)
         cycles = max(cycles, warps * stage / _CACHE_RATE)
-        cycles *= (1 + 8 / warps**2) * max(1.0, _LATENCY_CYCLES / turn)
-        # columns of samples of the busiest block
-        tiles, summed = lanes.tiles(problem, pairs, outs)
-        columns = -(-shape.batch // threads) * tiles
-        columns = -(-columns // problem.device.multiprocessors)
-        time = columns * summed * cycles / _CYCLES_PER_US
-        moved = 0 if _is_inline(problem, parameters) else 16 * shape.batch * shape.pairs
-        if _is_arranged(problem, parameters):
-            moved += 2 * tiles * summed * _stage_bytes(problem, pairs, outs)
-        return time + moved / _COPY_RATE + 3 * _LAUNCH_US
+        return cycles * ((1 + 8 / warps**2) * max(1.0, _LATENCY_CYCLES / turn))
 
-    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
         """See base class."""
-        problem = _as_read(problem, parameters)
         pairs, outs, samples, threads, stages, ahead = _values(parameters)
-        constants = lanes.constants(problem, pairs, outs, _vector(parameters)) | {
+        constants = lanes.constants(layer, pairs, outs, _vector(parameters)) | {
             "samples": samples,
             "threads": threads,
             "stages": stages,
             "ahead": ahead,
             "blocks": int(parameters["blocks"]),
-            "coordinates": "inline" if _is_inline(problem, parameters) else "prepass",
+            "coordinates": "inline" if _is_inline(layer, parameters) else "prepass",
             "tensor": int(_is_tensor(parameters)),
+            "strided": int(not _is_plain(layer, parameters)),
         }
-        return KernelSpec.make("output_stationary.cu.j2", problem.device.arch, constants)
+        return KernelSpec.make("output_stationary.cu.j2", layer.device.arch, constants)
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""
-        problem = _as_read(problem, parameters)
         shape, forward = problem.shape, problem.operation is Operation.FORWARD
         pairs, outs, samples, threads, _, _ = _values(parameters)
         warps = threads // lanes.WARP
@@ -318,7 +314,7 @@ class OutputStationary(Family):
         workspaces: list[Workspace] = []
         steps: list[Launch] = []
         source: tuple[str, ...] = ("x", "borders")
-        layout = lanes.layout(problem)
+        layout = () if _is_plain(problem, parameters) else strides("x")
         if not _is_inline(problem, parameters):
             source, layout = ("coordinates",), ()
             workspaces, launch = lanes.prepass(problem, pairs, spare=samples * warps)
@@ -411,12 +407,12 @@ def _is_inline(problem: Problem, parameters: Parameters) -> bool:
     return problem.operation is Operation.GRAD_INPUT or parameters["coordinates"] == "inline"
 
 
-def _as_read(problem: Problem, parameters: Parameters) -> Problem:
-    """What kernels are made for: those without a pre-pass get a copy of inputs whose samples lie apart.
+def _is_plain(problem: Problem, parameters: Parameters) -> bool:
+    """Whether ``x`` as kernels read it needs no care: those without a pre-pass get a copy of strided inputs.
 
     Lanes would read them from a line of memory each: 1.4 times as long for a forward at 128, 128, 10, 16384.
     """
-    return replace(problem, strided=False) if _is_inline(problem, parameters) else problem
+    return problem.is_plain or (_is_inline(problem, parameters) and problem.shape.inputs % 2 == 0)
 
 
 def _vector(parameters: Parameters) -> int:
@@ -437,3 +433,54 @@ def _stage_bytes(problem: Problem, pairs: int, outs: int) -> int:
 
 
 FAMILY = OutputStationary()
+
+
+class _Guesses:
+    """Candidates for a layer's default, and their rough times for any batch."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._candidates = list(FAMILY.candidates_that_fit(layer))
+        self._multiprocessors = layer.device.multiprocessors
+
+        def column(values: Iterable[float]) -> NDArray[np.float64]:
+            return np.array(list(values), np.float64)
+
+        tiles = [lanes.tiles(layer, int(c["pairs"]), int(c["outs"])) for c in self._candidates]
+        self._tiles, self._summed = column(t for t, _ in tiles), column(summed for _, summed in tiles)
+        self._threads = column(int(c["threads"]) for c in self._candidates)
+        self._cycles = column(FAMILY.cycles(layer, c) for c in self._candidates)
+        # with fewer samples than this some threads would have fewer than the others
+        self._least = column((int(c["samples"]) - 1) * int(c["threads"]) + 1 for c in self._candidates)
+        # bytes that are moved ahead of the kernel, per sample and in any case
+        located = (not _is_inline(layer, c) for c in self._candidates)
+        self._per_sample = column(16 * layer.shape.pairs * moved for moved in located)
+        self._arranged = column(
+            2 * t * summed * _stage_bytes(layer, int(c["pairs"]), int(c["outs"])) * _is_arranged(layer, c)
+            for c, (t, summed) in zip(self._candidates, tiles, strict=True)
+        )
+
+    def best(self, batch: int) -> Parameters | None:
+        """The fastest for so many samples, the first of equal ones; None where none fits."""
+        if not self._candidates:
+            return None
+        columns = np.ceil(batch / self._threads) * self._tiles
+        fits = (self._least <= batch) & (columns * self._summed <= _MAX_STAGES)
+        # of the busiest multiprocessor
+        busiest = np.ceil(columns / self._multiprocessors)
+        moved = batch * self._per_sample + self._arranged
+        times = busiest * self._summed * self._cycles / _CYCLES_PER_US + moved / _COPY_RATE + 3 * _LAUNCH_US
+        best = int(np.where(fits, times, np.inf).argmin())
+        return self._candidates[best] if fits[best] else None
+
+
+@lru_cache(maxsize=1024)
+def _least_batch(layer: Layer) -> int:
+    """Samples that are enough for every multiprocessor; twice as many where the table has to be arranged."""
+    width = layer.shape.outputs if layer.operation is Operation.FORWARD else layer.shape.pairs
+    arranged = not (FAMILY.takes_tensor_copies(layer) or _is_kept(layer))
+    return -(-(256 if arranged else 128) * lanes.WARP * layer.device.multiprocessors // width)
+
+
+@lru_cache(maxsize=1024)
+def _guesses(layer: Layer) -> _Guesses:
+    return _Guesses(layer)

@@ -11,7 +11,7 @@ from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.packing import row_pitch
 from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, strides
-from lmkan_gen.problem import Operation, Problem, TableDtype
+from lmkan_gen.problem import Layer, Operation, Problem, TableDtype
 
 _WARP = 32
 _MAX_GRID = 65535  # blocks along the second and third axis
@@ -49,13 +49,13 @@ class RowGather(Family):
         few = 4 * problem.shape.batch < problem.shape.knots
         return 2.0 if few else -2.0
 
-    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
         """See base class."""
-        shape = problem.shape
+        shape = layer.shape
         warps, vector, unroll = (int(parameters[k]) for k in ("warps", "vector", "unroll"))
         found = []
-        tile = 8 * _BYTES[problem.table] * shape.knots
-        if not problem.constant and tile <= problem.device.shared_memory_per_block:
+        tile = 8 * _BYTES[layer.table] * shape.knots
+        if not layer.constant and tile <= layer.device.shared_memory_per_block:
             found.append(
                 Violation(
                     "constant",
@@ -69,7 +69,7 @@ class RowGather(Family):
             )
         if (kept := 5 * vector * unroll + vector + 40) > registers_per_thread(_WARP):
             found.append(Violation("registers", f"vector={vector} and unroll={unroll} need about {kept}"))
-        if problem.operation is Operation.FORWARD:
+        if layer.operation is Operation.FORWARD:
             pairs = int(parameters["slice"])
             if pairs > 16 and pairs // 2 >= shape.pairs:
                 found.append(Violation("wasted", f"slice={pairs} of {shape.pairs} pairs"))
@@ -82,11 +82,11 @@ class RowGather(Family):
                     Violation("shared_memory", f"slice={pairs} needs {need} of {_SHARED_MEMORY} bytes")
                 )
             slices = -(-shape.pairs // pairs)
-            if problem.deterministic and slices > 1:
+            if layer.deterministic and slices > 1:
                 found.append(Violation("deterministic", f"{slices} slices are added in an order that varies"))
             if slices > _MAX_GRID:
                 found.append(Violation("grid", f"{slices} slices of pairs, at most {_MAX_GRID} fit a launch"))
-        rows = -(-shape.pairs // warps) if problem.operation is Operation.GRAD_INPUT else 1
+        rows = -(-shape.pairs // warps) if layer.operation is Operation.GRAD_INPUT else 1
         if max(rows, -(-shape.outputs // (_WARP * vector))) > _MAX_GRID:
             found.append(Violation("grid", f"more than {_MAX_GRID} blocks along pairs or outputs"))
         return found
@@ -108,15 +108,15 @@ class RowGather(Family):
                         return parameters
         return None
 
-    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
         """See base class."""
         constants: dict[str, Constant] = {
-            "operation": str(problem.operation),
-            "grids": problem.shape.grids,
-            "table": str(problem.table),
-            **{name: parameters[name] for name in self.space(problem.operation)},
+            "operation": str(layer.operation),
+            "grids": layer.shape.grids,
+            "table": str(layer.table),
+            **{name: parameters[name] for name in self.space(layer.operation)},
         }
-        return KernelSpec.make("row_gather.cu.j2", problem.device.arch, constants)
+        return KernelSpec.make("row_gather.cu.j2", layer.device.arch, constants)
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
-from lmkan_gen.problem import Operation, Problem
+from lmkan_gen.problem import Layer, Operation, Problem
 
 _TEMPLATE = "row_vector.cpp.j2"
 
@@ -85,19 +85,19 @@ class RowVector(Family):
                 parameters[name] = smaller.pop()
         return parameters
 
-    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
-        if problem.constant and problem.operation is not Operation.GRAD_TABLE:
+    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
+        if layer.constant and layer.operation is not Operation.GRAD_TABLE:
             return [Violation("constant", "a table that stays as it is needs to be laid out once only")]
-        return self.too_wide(problem, parameters)
+        return self.too_wide(layer, parameters)
 
-    def too_wide(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+    def too_wide(self, layer: Layer, parameters: Parameters) -> list[Violation]:
         """Whether the outputs of a tile have no room in the registers."""
-        most = _MOST_VECTORS * lanes(problem)
+        most = _MOST_VECTORS * lanes(layer)
         if int(parameters.get("outputs_tile", 0)) <= most:
             return []
         message = (
             f"outputs_tile {parameters['outputs_tile']} needs more than {_MOST_VECTORS} registers "
-            f"of {lanes(problem)} floats on {problem.device.arch}: at most {most} fits"
+            f"of {lanes(layer)} floats on {layer.device.arch}: at most {most} fits"
         )
         return [Violation("registers", message)]
 
@@ -109,15 +109,15 @@ class RowVector(Family):
             int(parameters[tile]) > _smallest_holding(values, sizes[tile]) for tile, values in space.items()
         )
 
-    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
         constants: dict[str, Constant] = {
-            "operation": str(problem.operation),
-            "grids": problem.shape.grids,
-            "lanes": lanes(problem),
+            "operation": str(layer.operation),
+            "grids": layer.shape.grids,
+            "lanes": lanes(layer),
         }
         if "outputs_tile" in parameters:
             constants["outputs_tile"] = parameters["outputs_tile"]
-        return KernelSpec.make(_TEMPLATE, problem.device.arch, constants)
+        return KernelSpec.make(_TEMPLATE, layer.device.arch, constants)
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         s = problem.shape

@@ -6,14 +6,17 @@ Forward, input gradient, and both gradients fused in the seed's two modes. See t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import product
 
 from lmkan_gen.device import REGISTERS, registers_per_thread
 from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Demand, Family, Parameters, Violation
+from lmkan_gen.families.tile_times import Access, Tile, Times
 from lmkan_gen.packing import SCALE_PAIRS
 from lmkan_gen.plan import Constant, Fill, KernelSpec, Launch, LaunchPlan, Workspace
-from lmkan_gen.problem import Operation, Problem, TableDtype
+from lmkan_gen.problem import Layer, Operation, Problem, TableDtype
 
 #: operations on narrow tables; int8 is for inference
 _NARROW = {
@@ -25,12 +28,8 @@ _LEAST_REGISTERS = 64  # what launch bounds leave each thread, at least
 _INLINE_SLACK = 6  # by which small tiles without a pre-pass were found to need less than estimated
 _SPARE_REGISTERS = 24  # by which what was never compiled has to stay below its limit
 #: measured on an H200, in bytes per microsecond; only their ratios matter
-_ADD_RATE, _CACHED_ADD_RATE = 1.3e6, 3.3e6  # read and write count once
 _STAGING_RATE = 52e3  # of one multiprocessor, from the level-2 cache
-_CACHE_BYTES = 36 << 20  # results that stay in the level-2 cache from one tile to the next
 _CYCLES_PER_US = 1900.0
-_LAUNCH_US = 2.0
-_TILE_US = 4.0  # from asking for a tile until all warps are at work on it; other blocks use the time
 #: with `pairs` these make rows of tables that are whole multiples of 32 banks
 _OUTS = (4, 8, 10, 12, 16, 20, 24, 28, 32)
 
@@ -96,19 +95,19 @@ class TileStationary(Family):
             return tables + 2 * 4 * lanes.WARP * side  # knots and inverse spacings, a copy per lane
         return tables + (4 * side if problem.operation is Operation.GRAD_INPUT else 0)
 
-    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
         """See base class."""
-        shape, device = problem.shape, problem.device
+        shape, device = layer.shape, layer.device
         pairs, outs, threads = (_integer(parameters, k) for k in ("pairs", "outs", "threads"))
         found = []
-        if problem.table is not TableDtype.FLOAT32 and device.compute_capability < 80:
+        if layer.table is not TableDtype.FLOAT32 and device.compute_capability < 80:
             found.append(
                 Violation(
                     "architecture",
-                    f"{problem.table} tables need sm_80 or newer, {device.name} is {device.arch}",
+                    f"{layer.table} tables need sm_80 or newer, {device.name} is {device.arch}",
                 )
             )
-        if (need := self.shared_memory(problem, parameters)) > device.shared_memory_per_block:
+        if (need := self.shared_memory(layer, parameters)) > device.shared_memory_per_block:
             found.append(
                 Violation(
                     "shared_memory",
@@ -118,11 +117,11 @@ class TileStationary(Family):
             )
         if (ahead := _integer(parameters, "ahead", absent=1)) > pairs:
             found.append(Violation("wasted", f"ahead={ahead} is more than the tile's {pairs} pairs"))
-        if problem.deterministic and problem.operation is Operation.BACKWARD:
+        if layer.deterministic and layer.operation is Operation.BACKWARD:
             found.append(
                 Violation("deterministic", "several warps add to the same element in an order that varies")
             )
-        if problem.table is TableDtype.INT8 and (
+        if layer.table is TableDtype.INT8 and (
             pairs > 2 * SCALE_PAIRS or _coordinates(parameters) != "prepass"
         ):
             found.append(
@@ -132,7 +131,7 @@ class TileStationary(Family):
                     f"{2 * SCALE_PAIRS} pairs, not {_coordinates(parameters)} and {pairs}",
                 )
             )
-        needed = self._registers(problem, parameters)
+        needed = self._registers(layer, parameters)
         spare = _INLINE_SLACK if _coordinates(parameters) == "inline" else 0
         if needed - spare > (limit := registers_per_thread(threads)):
             found.append(
@@ -142,7 +141,7 @@ class TileStationary(Family):
                     f"needs about {needed}",
                 )
             )
-        if problem.operation is Operation.BACKWARD and parameters["mode"] == "fast":
+        if layer.operation is Operation.BACKWARD and parameters["mode"] == "fast":
             if pairs * outs < lanes.WARP:
                 found.append(
                     Violation("tile", "fast mode needs a tile of at least 32 functions: tile size 8 or more")
@@ -161,70 +160,60 @@ class TileStationary(Family):
         return computed > 2 * shape.pairs * shape.outputs and pairs * outs > 32
 
     def default(self, problem: Problem) -> Parameters | None:
-        """The cheapest candidate of a small set by `estimate`."""
-        best: tuple[float, dict[str, Constant]] | None = None
-        for parameters in self._default_candidates(problem):
-            if self.violations(problem, parameters) or self._may_spill(problem, parameters):
-                continue
-            cost = self.estimate(problem, parameters)
-            if best is None or cost < best[0]:
-                best = (cost, parameters)
-        return best[1] if best else None
+        """The fastest of a small set of candidates by their rough times."""
+        times = _times(problem.layer)
+        return times.best(problem.shape.batch) if times else None
 
-    def _default_candidates(self, problem: Problem) -> list[dict[str, Constant]]:
-        if problem.operation is Operation.BACKWARD:
-            tiles = [(p, o) for p in (2, 4, 8) for o in (4, 8, 16)]
-            return [
-                {"pairs": p, "outs": o, "threads": t, "mode": m}
-                for p, o in tiles
-                for t, m in ((512, "normal"), (256, "normal"), (128, "fast"))
-            ]
-        # few samples want small blocks; input gradients have too many registers for as many as would help
-        few = (64, 128) if problem.operation is Operation.FORWARD else ()
-        threads = (*few, 256, 512, 768)
-        return [
-            {
-                "pairs": p,
-                "outs": o,
-                "threads": t,
-                "coordinates": c,
-                "ahead": 2,
-                "ranges": ranges,
-                "access": access,
-            }
-            for p in (2, 4, 8, 16)
-            for o in (4, 8, 16, 32)
-            for t in threads
-            for c in ("prepass", "inline")
-            for ranges in ("even", "whole")
-            for access in ("rotated", "aligned")
+    def times(self, layer: Layer) -> Times | None:
+        """Rough times of the candidates for the default; None where nothing fits."""
+        tiles = [
+            self._tile(layer, parameters, accesses)
+            for parameters, accesses in self._default_candidates(layer.operation)
+            if not (self.layer_violations(layer, parameters) or self._may_spill(layer, parameters))
         ]
+        if not tiles:
+            return None
+        forward = layer.operation is Operation.FORWARD
+        results = layer.shape.outputs if forward else layer.shape.inputs
+        divides_sums = layer.operation is not Operation.BACKWARD
+        return Times(tiles, layer.device.multiprocessors, results, divides_sums)
 
-    def estimate(self, problem: Problem, parameters: Parameters) -> float:
-        """A rough time in microseconds; ranks candidates where nothing was tuned."""
-        shape, operation = problem.shape, problem.operation
-        segments, summed = _segments(problem, parameters)
-        grid, splits = self._grid(problem, parameters)
-        segments *= splits
-        resident = self._resident(problem, parameters)
+    @staticmethod
+    def _default_candidates(operation: Operation) -> Iterator[tuple[Parameters, tuple[Access, ...]]]:
+        if operation is Operation.BACKWARD:
+            for tile in product((2, 4, 8), (4, 8, 16), ((512, "normal"), (256, "normal"), (128, "fast"))):
+                p, o, (t, m) = tile
+                both: Parameters = {"pairs": p, "outs": o, "threads": t, "mode": m}
+                yield both, (Access(both, 1.0),)
+            return
+        # few samples want small blocks; input gradients have too many registers for as many as would help
+        few = (64, 128) if operation is Operation.FORWARD else ()
+        threads = (*few, 256, 512, 768)
+        ways = product((2, 4, 8, 16), (4, 8, 16, 32), threads, ("prepass", "inline"), ("even", "whole"))
+        for pairs, outs, block, coordinates, ranges in ways:
+            parameters: dict[str, Constant] = {"pairs": pairs, "outs": outs, "threads": block}
+            parameters |= {"coordinates": coordinates, "ahead": 2, "ranges": ranges}
+            rotated, aligned = parameters | {"access": "rotated"}, parameters | {"access": "aligned"}
+            # rotated ones touch pieces of lines
+            yield parameters, (Access(rotated, min(1.0, 0.6 + pairs / 40)), Access(aligned, 1.0))
+
+    def _tile(self, layer: Layer, parameters: Parameters, accesses: tuple[Access, ...]) -> Tile:
+        segments, summed = _segments(layer, parameters)
+        resident = self.resident(layer, parameters)
         warps = _integer(parameters, "threads") // lanes.WARP * resident
-        utilisation = warps**2 / (warps**2 + 16)  # 16 warps almost hide all latencies, 8 do not
-        sharing = -(-grid // problem.device.multiprocessors)  # blocks of the busiest multiprocessor
-        units = self._units_per_block(problem, parameters, segments, grid)
-        compute = units * self._unit_us(problem, parameters) * sharing * summed / splits / utilisation
-
-        updated = 4 * shape.batch * (shape.outputs if operation is Operation.FORWARD else shape.inputs)
-        rate = _CACHED_ADD_RATE if updated < _CACHE_BYTES else _ADD_RATE
-        if parameters.get("access") == "rotated":  # pieces of lines
-            rate *= min(1.0, 0.6 + _integer(parameters, "pairs") / 40)
-        straddles = bool(segments % grid and grid % segments)
-        loads = (-(-segments // grid) + straddles) * summed / splits  # of one block
-        staging = self._staging_us(problem, parameters)
-        staging = max(staging * sharing, staging + _TILE_US)
-        launches = (
-            1 + (_coordinates(parameters) != "inline") + (splits > 1) + (operation is Operation.BACKWARD)
+        prepass, both = _coordinates(parameters) != "inline", layer.operation is Operation.BACKWARD
+        return Tile(
+            accesses,
+            segments,
+            summed,
+            _units_at_a_time(parameters),
+            slots=layer.device.multiprocessors * resident,
+            whole=parameters.get("ranges") == "whole",
+            unit_us=self._unit_us(layer, parameters),
+            utilisation=warps**2 / (warps**2 + 16),  # 16 warps almost hide all latencies, 8 do not
+            staging_us=self._staging_us(layer, parameters),
+            launches=1 + prepass + both,
         )
-        return max(compute, updated * summed / rate) + loads * staging + launches * _LAUNCH_US
 
     @staticmethod
     def _unit_us(problem: Problem, parameters: Parameters) -> float:
@@ -259,13 +248,6 @@ class TileStationary(Family):
         return rows * max(4 * max(pairs, 8) / _STAGING_RATE, 1 / _CYCLES_PER_US)
 
     @staticmethod
-    def _units_per_block(problem: Problem, parameters: Parameters, segments: int, grid: int) -> int:
-        """Units of 32 samples that a block works through per tile; warps without one wait for the others."""
-        units = -(-problem.shape.batch // lanes.WARP)
-        at_a_time = _units_at_a_time(parameters)
-        return -(-segments * units // (grid * at_a_time)) * at_a_time
-
-    @staticmethod
     def _registers(problem: Problem, parameters: Parameters) -> int:
         """What a lane keeps for the whole of its sample, with addresses and weights; checked by compiling."""
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
@@ -288,7 +270,7 @@ class TileStationary(Family):
         needed += 2 * min(outs & -outs, lanes.WARP // pairs) + 12 * _is_partial(problem, parameters)
         return needed > registers_per_thread(_integer(parameters, "threads"))
 
-    def _resident(self, problem: Problem, parameters: Parameters) -> int:
+    def resident(self, problem: Problem, parameters: Parameters) -> int:
         """Blocks one multiprocessor holds: what launch bounds promise the compiler."""
         threads = _integer(parameters, "threads")
         per_block = self.shared_memory(problem, parameters) + 1024  # the driver's own share
@@ -303,7 +285,8 @@ class TileStationary(Family):
 
     def _grid(self, problem: Problem, parameters: Parameters) -> tuple[int, int]:
         """Number of blocks, and number of splits of the sum over tiles."""
-        slots = problem.device.multiprocessors * self._resident(problem, parameters)
+        resident, _ = _block(problem.layer, tuple(parameters.items()))
+        slots = problem.device.multiprocessors * resident
         segments, summed = _segments(problem, parameters)
         # as many blocks as have work for all their warps
         at_a_time = _units_at_a_time(parameters)
@@ -317,23 +300,23 @@ class TileStationary(Family):
             grid = grid // segments * segments
         return grid, splits
 
-    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
+    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
         """See base class."""
-        shape = problem.shape
+        shape = layer.shape
         pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
-        constants = lanes.constants(problem, pairs, outs) | {
+        constants = lanes.constants(layer, pairs, outs) | {
             "threads": _integer(parameters, "threads"),
-            "blocks": self._resident(problem, parameters),
+            "blocks": self.resident(layer, parameters),
             "coordinates": _coordinates(parameters),
             "copy": next(n for n in (4, 2, 1) if shape.pairs % n == 0 and pairs % n == 0),
             "mode": str(parameters.get("mode", "none")),
             "ahead": _integer(parameters, "ahead", absent=1),
             "access": str(parameters.get("access", "rotated")),
-            "ordered": int(_ordered(problem)),
+            "ordered": int(_ordered(layer)),
             # Turing has no copies past the registers
-            "asynchronous": int(problem.device.compute_capability >= 80),
+            "asynchronous": int(layer.device.compute_capability >= 80),
         }
-        return KernelSpec.make("tile_stationary.cu.j2", problem.device.arch, constants)
+        return KernelSpec.make("tile_stationary.cu.j2", layer.device.arch, constants)
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         """See base class."""
@@ -371,7 +354,7 @@ class TileStationary(Family):
                 (source, "borders", *lanes.table_buffers(problem), *buffers, *sizes, *split, *inner_layout),
                 (grid, 1, 1),
                 _integer(parameters, "threads"),
-                self.shared_memory(problem, parameters),
+                _block(problem.layer, tuple(parameters.items()))[1],
             )
         )
         return LaunchPlan(tuple(workspaces), (*steps, *added_up, *lanes.far_samples(problem)))
@@ -408,3 +391,15 @@ def _coordinates(parameters: Parameters) -> str:
 
 
 FAMILY = TileStationary()
+
+
+@lru_cache(maxsize=4096)
+def _block(layer: Layer, parameters: tuple[tuple[str, Constant], ...]) -> tuple[int, int]:
+    """Blocks that a multiprocessor holds, and bytes of shared memory of one."""
+    known = dict(parameters)
+    return FAMILY.resident(layer, known), FAMILY.shared_memory(layer, known)
+
+
+@lru_cache(maxsize=1024)
+def _times(layer: Layer) -> Times | None:
+    return FAMILY.times(layer)
