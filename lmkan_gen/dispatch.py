@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -294,12 +295,13 @@ def _prepare_choice(
     if spec not in _failed:
         try:
             plan = chosen.plan(problem, choice.parameters)
-            if spec.is_cuda:
-                from lmkan_gen.launch.cuda import prepare
-            else:
-                from lmkan_gen.launch.cpu import prepare
-            run = _contiguous(prepare(spec, plan, device), plan)
-            return run, native.Part(spec, plan, problem.table), None
+            launcher = import_module(f"lmkan_gen.launch.{'cuda' if spec.is_cuda else 'cpu'}")
+            part = native.Part(spec, plan, problem.table, launcher.starts(spec, plan, device))
+            return (
+                _when_first_run(lambda: _contiguous(launcher.prepare(spec, plan, device), plan)),
+                part,
+                None,
+            )
         # RuntimeError: no compiler, source that does not compile, a driver that refuses the binary;
         # OSError: a store that cannot be written, a library that cannot be loaded;
         # ImportError: CUDA bindings that are not installed
@@ -307,6 +309,18 @@ def _prepare_choice(
             _failed[spec] = str(error) or type(error).__name__
             _warn(device, error)
     return _REFERENCE[operation], None, _failed[spec]
+
+
+def _when_first_run(prepare: Callable[[], Run]) -> Run:
+    """What ``prepare`` gives, prepared when it is first run: the native launcher needs none of it."""
+    prepared: list[Run] = []
+
+    def run(buffers: Buffers) -> None:
+        if not prepared:
+            prepared.append(prepare())
+        prepared[0](buffers)
+
+    return run
 
 
 def _contiguous(run: Run, plan: LaunchPlan) -> Run:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 Constant = int | str
@@ -123,19 +124,19 @@ class LaunchPlan:
     workspaces: tuple[Workspace, ...]
     steps: tuple[Fill | Launch, ...]
 
-    @property
+    @cached_property
     def buffers(self) -> frozenset[str]:
         """Names of the buffers that steps are given, but for workspaces: what the caller has to have."""
         given = frozenset(a for a in self._arguments if isinstance(a, str))
         given |= {m.buffer for m in self.tensor_maps}
         return given - {workspace.name for workspace in self.workspaces}
 
-    @property
+    @cached_property
     def tensor_maps(self) -> frozenset[TensorMap]:
         """The tensor maps that steps are given."""
         return frozenset(a for a in self._arguments if isinstance(a, TensorMap))
 
-    @property
+    @cached_property
     def strides(self) -> frozenset[Stride]:
         """The strides that steps are given."""
         return frozenset(a for a in self._arguments if isinstance(a, Stride))

@@ -45,11 +45,13 @@ class FakeLauncher(ModuleType):
         self.ran: list[KernelSpec] = []
         self.failure: Exception | None = None
 
-    def prepare(self, spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> dispatch.Run:
+    def starts(self, spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> list[Any]:
         self.prepared.append(spec)
         if self.failure is not None:
             raise self.failure
+        return []
 
+    def prepare(self, spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> dispatch.Run:
         def run(buffers: Mapping[str, Tensor]) -> None:
             self.ran.append(spec)
             for name in {"y", "grad_x", "grad_table"} & set(buffers):

@@ -10,6 +10,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -61,13 +62,19 @@ class Start:
     arguments: tuple[Argument, ...]
 
 
-def starts(spec: KernelSpec, plan: LaunchPlan) -> list[Start | Fill]:
+@cache
+def _kernels(spec: KernelSpec) -> Kernels:
+    """The functions of ``spec``, loaded once."""
+    return Kernels(toolchain.binary(spec))
+
+
+def starts(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> list[Start | Fill]:
     """What `prepare` would run, for launchers of another kind. Shared objects stay loaded.
 
     Raises:
         ToolchainError: the kernel cannot be compiled or loaded here.
     """
-    kernels = Kernels(toolchain.binary(spec))
+    kernels = _kernels(spec)
     return [s if isinstance(s, Fill) else Start(kernels.address(s), s, s.arguments) for s in plan.steps]
 
 
@@ -80,7 +87,7 @@ def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Callabl
     Raises:
         ToolchainError: the kernel cannot be compiled or loaded here.
     """
-    kernels = Kernels(toolchain.binary(spec))
+    kernels = _kernels(spec)
     offsets, total = _layout(plan.workspaces)
     sizes = {workspace.name: workspace.bytes for workspace in plan.workspaces}
     steps = [(kernels.function(s), s.arguments) if isinstance(s, Launch) else s for s in plan.steps]

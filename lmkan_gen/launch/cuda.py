@@ -65,13 +65,12 @@ def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Runner:
         lmkan_gen.toolchain.ToolchainError: the kernel cannot be compiled here.
         RuntimeError: the driver refuses the binary or a launch; the message names the kernel.
     """
-    binary = toolchain.binary(spec)
     index = device.index if device.index is not None else torch.cuda.current_device()
     target = torch.device("cuda", index)
     with torch.cuda.device(index):
         steps = [
             _memset(s.buffer) if isinstance(s, Fill) else _bind(s)
-            for s in _steps(spec, plan, binary.path, index)
+            for s in _steps(spec, plan, _path(spec), index)
         ]
     strides = plan.strides
     mapped = {tensor_map.buffer for tensor_map in plan.tensor_maps}
@@ -110,7 +109,13 @@ def starts(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> list[Sta
     """
     index = device.index if device.index is not None else torch.cuda.current_device()
     with torch.cuda.device(index):
-        return list(_steps(spec, plan, toolchain.binary(spec).path, index))
+        return list(_steps(spec, plan, _path(spec), index))
+
+
+@cache
+def _path(spec: KernelSpec) -> Path:
+    """Where the binary of ``spec`` is; it is read once."""
+    return toolchain.binary(spec).path
 
 
 def _steps(spec: KernelSpec, plan: LaunchPlan, path: Path, index: int) -> Iterator[Start | Fill]:
@@ -274,5 +279,6 @@ def _close_launch(step: Launch) -> Any:
 
 def unload() -> None:
     """Forget loaded modules (they stay valid for plans already prepared)."""
+    _path.cache_clear()
     _module.cache_clear()
     _function.cache_clear()

@@ -34,11 +34,19 @@ VARIABLE = "LMKAN_GEN_LAUNCHER"
 
 @dataclass(frozen=True)
 class Part:
-    """One of the plans of a call; ``table`` is the element type that it reads."""
+    """One of the plans of a call.
+
+    Attributes:
+        spec: whose kernels it launches.
+        plan: what it launches.
+        table: element type of the forms that it reads.
+        starts: its steps with the addresses of kernels, as ``starts`` of the Python launchers gives them.
+    """
 
     spec: KernelSpec
     plan: LaunchPlan
     table: TableDtype
+    starts: Sequence[Any]
 
 
 class Prepare(Protocol):

@@ -6,7 +6,6 @@ import ctypes
 import os
 import warnings
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from lmkan_gen import forms, packing, toolchain
 from lmkan_gen.call import Call
 from lmkan_gen.families import Demand
-from lmkan_gen.launch import cpu, cuda
+from lmkan_gen.launch import cuda
 from lmkan_gen.launch.native import VARIABLE, Part, Prepare, implementations, raised
 from lmkan_gen.packing import RoundedTable
 from lmkan_gen.plan import Fill, KernelSpec, Stride, TensorMap
@@ -222,7 +221,7 @@ class _Written:
 
 def _written(part: Part, call: Call) -> _Written | None:
     """``part`` in the library's order of numbers; None if it is more than the library has room for."""
-    plan, on_cuda = part.plan, part.spec.is_cuda
+    plan = part.plan
     known = set(_BUFFERS)
     if call.table is not TableDtype.FLOAT32:
         known.remove("table")  # plans mean one in float32
@@ -233,9 +232,7 @@ def _written(part: Part, call: Call) -> _Written | None:
     places |= {name: len(_BUFFERS) + i for i, name in enumerate(made)}
     places |= {w.name: len(_BUFFERS) + len(made) + i for i, w in enumerate(plan.workspaces)}
     maps = sorted(plan.tensor_maps, key=repr)
-    steps: Sequence[cuda.Start | Fill | cpu.Start] = (
-        cuda.starts(part.spec, plan, call.device) if on_cuda else cpu.starts(part.spec, plan)
-    )
+    steps = part.starts
     dense = plan.buffers - {s.buffer for s in plan.strides}
     numbers: list[int] = [int(name not in dense) for name in ("x", "grad", "grad_x")]
     numbers.append(len(made))
