@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -31,8 +32,6 @@ _LARGEST = 127
 WEIGHT_ONE = 512
 _BANKS = 32  # of shared memory
 _REGISTER = 16  # elements, of the widest CPUs
-_STREAMED = "stages_"
-_FRAGMENTS = "fragments_"
 #: what launch plans call the scales that belong to `fragments`
 FRAGMENT_SCALES = "fragment_scales"
 #: outputs and pairs that lie together in `fragments`
@@ -219,9 +218,24 @@ def rows(table: Tensor) -> Tensor:
     return made
 
 
-def stages_name(pairs: int, words: int, vector: int) -> str:
-    """What launch plans call a table in the layout of `stages`."""
-    return f"{_STREAMED}{pairs}_{words}_{vector}"
+class Stages(str):
+    """What launch plans call a table in the layout of `stages`: a name that knows the tile.
+
+    Attributes:
+        pairs: input pairs in a tile.
+        words: words in a tile.
+        vector: neighbouring words among them that are read together.
+    """
+
+    pairs: int
+    words: int
+    vector: int
+
+    def __new__(cls, pairs: int, words: int, vector: int) -> Self:
+        """The name for a tile."""
+        name = super().__new__(cls, f"stages_{pairs}_{words}_{vector}")
+        name.pairs, name.words, name.vector = pairs, words, vector
+        return name
 
 
 def stages(words: Tensor, scales: Tensor | None, pairs: int, width: int, vector: int) -> Tensor:
@@ -256,9 +270,20 @@ def stages(words: Tensor, scales: Tensor | None, pairs: int, width: int, vector:
     return torch.cat((tiles, of_tiles), dim=2)
 
 
-def fragments_name(pairs: int) -> str:
-    """What launch plans call a table in the layout of `fragments`."""
-    return f"{_FRAGMENTS}{pairs}"
+class Fragments(str):
+    """What launch plans call a table in the layout of `fragments`: a name that knows its parts.
+
+    Attributes:
+        pairs: input pairs in a part.
+    """
+
+    pairs: int
+
+    def __new__(cls, pairs: int) -> Self:
+        """The name for parts of some size."""
+        name = super().__new__(cls, f"fragments_{pairs}")
+        name.pairs = pairs
+        return name
 
 
 def fragments(values: Tensor, scales: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
@@ -336,20 +361,20 @@ class _Source:
             return {name: rows(rounded.values), **scales}
         if name == "words":
             return dict(self.packed)
-        if name.startswith(_STREAMED):
-            pairs, width, vector = (int(number) for number in name.removeprefix(_STREAMED).split("_"))
+        if isinstance(name, Stages):
+            tile = (name.pairs, name.words, name.vector)
             if self._dtype is TableDtype.FLOAT32:
-                return {name: stages(self.table, None, pairs, width, vector)}
-            packed = self.packed
-            return {name: stages(packed["words"], packed.get("scales"), pairs, width, vector)}
+                return {name: stages(self.table, None, *tile)}
+            return {name: stages(self.packed["words"], self.packed.get("scales"), *tile)}
+        assert isinstance(name, Fragments)
         packed = self.packed
         values = corners(packed["words"]) if "words" in self._buffers else self.rounded.values
-        made, largest = fragments(values, packed["scales"], int(name.removeprefix(_FRAGMENTS)))
+        made, largest = fragments(values, packed["scales"], name.pairs)
         return {name: made, FRAGMENT_SCALES: largest}
 
 
 def _is_form(name: str) -> bool:
-    return name in ("table", "rows", "words") or name.startswith((_STREAMED, _FRAGMENTS))
+    return name in ("table", "rows", "words") or isinstance(name, (Stages, Fragments))
 
 
 def arranged(

@@ -266,10 +266,10 @@ def launched(monkeypatch: pytest.MonkeyPatch, arch: str, driver: Driver, times: 
     """What the launcher asks of a driver for `PLAN`: how, which kernel, and arguments."""
     counts = {s.kernel: len(s.arguments) for s in PLAN.steps if isinstance(s, Launch)} | {"lmkan_zero": 2}
     monkeypatch.setattr(cuda, "_driver", lambda: driver)
-    monkeypatch.setattr(cuda, "_function", lambda path, index, kernel: (kernel, counts[kernel]))
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=9)
-    )
+    monkeypatch.setattr(cuda, "_function", lambda path, index, kernel: ((kernel, counts[kernel]), 0))
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda index: 9)
+    monkeypatch.setattr(cuda, "_allow", lambda function, step: None)
+    cuda._allowed.clear()
     starts = cuda._steps(KernelSpec.make("none.cu.j2", arch, {}), PLAN, Path("none"), 0)
     steps = [cuda._memset(s.buffer) if isinstance(s, Fill) else cuda._bind(s) for s in starts]
     known: dict[Any, int] = {"x": 1, "y": 2, "w": 3, Stride("x", 0): 4}
@@ -328,7 +328,7 @@ def test_tensor_maps_are_encoded_when_their_buffer_moves(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(driver, "cuLaunchKernel", launch)
     monkeypatch.setattr(cuda, "_driver", lambda: driver)
-    monkeypatch.setattr(cuda, "_function", lambda path, index, kernel: kernel)
+    monkeypatch.setattr(cuda, "_function", lambda path, index, kernel: (kernel, 0))
     monkeypatch.setattr(cuda, "_encode", encode)
     tensor_map = TensorMap("table", (8, 4), (4, 4))
     step = cuda._bind(cuda.Start("k", Launch("k", ()), ("x", tensor_map), False))

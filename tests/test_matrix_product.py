@@ -257,7 +257,7 @@ def test_bytes_are_for_forward_alone_and_for_tables_that_stay() -> None:
     parameters = FAMILY.default(asked)
     assert parameters is not None
     (name,) = FAMILY.plan(asked, parameters).buffers - {"x", "borders", "y", packing.FRAGMENT_SCALES}
-    assert name == packing.fragments_name(int(parameters["pairs"]))
+    assert name == packing.Fragments(int(parameters["pairs"]))
     changing = replace(asked, constant=False)
     assert [v.limit for v in FAMILY.violations(changing, parameters)] == ["constant"]
     assert FAMILY.default(changing) is None

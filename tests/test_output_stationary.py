@@ -142,7 +142,7 @@ def test_only_tables_that_change_are_arranged_by_the_plan(constant: bool) -> Non
     plan = FAMILY.plan(asked, PARAMETERS)
     kernels = [step.kernel for step in plan.steps if isinstance(step, Launch)]
     assert ("lmkan_arrange_table" in kernels) is not constant
-    assert (packing.stages_name(4, 8, 1) in plan.buffers) is constant
+    assert (packing.Stages(4, 8, 1) in plan.buffers) is constant
 
 
 def test_results_need_no_zeros_and_no_order_but_their_own() -> None:

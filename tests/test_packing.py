@@ -144,8 +144,8 @@ def test_fragments_hold_each_coefficient_once(sizes: tuple[int, int, int], pairs
 @pytest.mark.parametrize("dtype", NARROW)
 def test_forms_of_a_rounded_table_are_those_of_its_words(dtype: TableDtype) -> None:
     rounded = packing.round_table(table(outputs=8, pairs=8), dtype)
-    names = ["rows", "words", packing.stages_name(4, 8, 1)]
-    names += ["fragments_16", packing.FRAGMENT_SCALES] if dtype is TableDtype.INT8 else []
+    names = ["rows", "words", packing.Stages(4, 8, 1)]
+    names += [packing.Fragments(16), packing.FRAGMENT_SCALES] if dtype is TableDtype.INT8 else []
     names = names[1:] if dtype is TableDtype.INT8 else names
     found = packing.arranged({}, names, dtype, rounded)
     assert set(names) <= found.keys()

@@ -13,7 +13,7 @@ from itertools import product
 from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Family, Parameters, Violation
-from lmkan_gen.packing import FRAGMENT_SCALES, fragments_name
+from lmkan_gen.packing import FRAGMENT_SCALES, Fragments
 from lmkan_gen.plan import Argument, Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
 from lmkan_gen.problem import Layer, Operation, Problem, TableDtype
 
@@ -283,7 +283,7 @@ class MatrixProduct(Family):
         if operation is Operation.FORWARD:
             table = lanes.table_buffers(problem)
             if problem.table is TableDtype.INT8:
-                table = (fragments_name(int(parameters["pairs"])), FRAGMENT_SCALES)
+                table = (Fragments(int(parameters["pairs"])), FRAGMENT_SCALES)
             arguments = (*table, *located, "planes", *sizes, int(parameters["slice"]))
             summed = shape.outputs * samples
             ends = ("planes", "y", shape.outputs, shape.batch, grid[2])

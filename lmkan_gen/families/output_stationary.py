@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lmkan_gen.device import REGISTERS, registers_per_thread
 from lmkan_gen.families import lanes
 from lmkan_gen.families.base import Family, Parameters, Violation
-from lmkan_gen.packing import SCALE_PAIRS, stages_name
+from lmkan_gen.packing import SCALE_PAIRS, Stages
 from lmkan_gen.plan import Argument, Constant, KernelSpec, Launch, LaunchPlan, TensorMap, Workspace, strides
 from lmkan_gen.problem import Layer, Operation, Problem, TableDtype
 
@@ -336,7 +336,7 @@ class OutputStationary(Family):
             grid = (-(-lanes.rows(problem) // rows), out_tiles, 1)
             steps.append(Launch("lmkan_arrange_table", table_of, grid, 256))
         else:
-            stages = stages_name(pairs, tile_words, _vector(parameters))
+            stages = Stages(pairs, tile_words, _vector(parameters))
         by_plan: tuple[int, ...] = (int(arranged),) if forward else ()
         buffers: tuple[str, ...] = ("y",) if forward else ("grad", "grad_x")
         tiles = out_tiles if forward else pair_tiles

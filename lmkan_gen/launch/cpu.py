@@ -57,9 +57,10 @@ class Kernels:
 class Start:
     """A function of a shared object, by its address, and what it is called with."""
 
-    function: int
+    address: int
     launch: Launch
     arguments: tuple[Argument, ...]
+    closely: bool = False
 
 
 @cache

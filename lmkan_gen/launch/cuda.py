@@ -37,12 +37,14 @@ class Start:
         launch: grid, block, shared memory, and the kernel's name.
         arguments: in the kernel's order.
         closely: whether it may start before its turn.
+        address: the handle as a number.
     """
 
     function: Any
     launch: Launch
     arguments: tuple[Argument | Size, ...]
     closely: bool
+    address: int = 0
 
 
 Runner = Callable[[Mapping[str, torch.Tensor]], None]
@@ -132,13 +134,18 @@ def _steps(spec: KernelSpec, plan: LaunchPlan, path: Path, index: int) -> Iterat
             touched.update(step.arguments)
             continue
         if closely:
-            blocks = 2 * torch.cuda.get_device_properties(index).multi_processor_count
+            blocks = 2 * _multiprocessors(index)
             zero = Launch(_ZERO, (), (blocks, 1, 1), _ZERO_THREADS)
             arguments = (step.buffer, Size(step.buffer))
             yield _start(zero, arguments, path, index, k > 0 and step.buffer not in touched)
         else:
             yield step
         touched.add(step.buffer)
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 @cache
@@ -165,10 +172,12 @@ def _module(path: Path, index: int) -> Any:
 
 
 @cache
-def _function(path: Path, index: int, kernel: str) -> Any:
-    return _check(
+def _function(path: Path, index: int, kernel: str) -> tuple[Any, int]:
+    """The driver's handle of a kernel, and the same as a number."""
+    function = _check(
         _driver().cuModuleGetFunction(_module(path, index), kernel.encode()), f"looking up {kernel} in {path}"
     )
+    return function, int(function)
 
 
 def _memset(buffer: str) -> _Step:
@@ -181,10 +190,16 @@ def _memset(buffer: str) -> _Step:
 def _start(
     step: Launch, arguments: tuple[Argument | Size, ...], path: Path, index: int, closely: bool
 ) -> Start:
-    function = _function(path, index, step.kernel)
-    if step.shared_memory:
+    function, address = _function(path, index, step.kernel)
+    known = (path, index, step.kernel)
+    if step.shared_memory > _allowed.get(known, 0):
         _allow(function, step)
-    return Start(function, step, arguments, closely)
+        _allowed[known] = step.shared_memory
+    return Start(function, step, arguments, closely, address)
+
+
+#: bytes of dynamic shared memory that kernels may have: the most that one of their plans starts them with
+_allowed: dict[tuple[Path, int, str], int] = {}
 
 
 def _allow(function: Any, step: Launch) -> None:
@@ -282,3 +297,4 @@ def unload() -> None:
     _path.cache_clear()
     _module.cache_clear()
     _function.cache_clear()
+    _allowed.clear()

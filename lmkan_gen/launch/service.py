@@ -7,6 +7,7 @@ import os
 import warnings
 import weakref
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from lmkan_gen import forms, packing, toolchain
 from lmkan_gen.call import Call
 from lmkan_gen.families import Demand
-from lmkan_gen.launch import cuda
 from lmkan_gen.launch.native import VARIABLE, Part, Prepare, implementations, raised
 from lmkan_gen.packing import RoundedTable
 from lmkan_gen.plan import Fill, KernelSpec, Stride, TensorMap
@@ -222,54 +222,63 @@ class _Written:
 def _written(part: Part, call: Call) -> _Written | None:
     """``part`` in the library's order of numbers; None if it is more than the library has room for."""
     plan = part.plan
-    known = set(_BUFFERS)
-    if call.table is not TableDtype.FLOAT32:
-        known.remove("table")  # plans mean one in float32
-    made = tuple(sorted(plan.buffers - known))
-    if made and call.table is TableDtype.FLOAT32 and not call.constant:
+    kept = call.table is not TableDtype.FLOAT32
+    places, made = _places(plan.buffers, tuple([w.name for w in plan.workspaces]), kept)
+    if made and not kept and not call.constant:
         return None
-    places = {name: i for i, name in enumerate(_BUFFERS)}
-    places |= {name: len(_BUFFERS) + i for i, name in enumerate(made)}
-    places |= {w.name: len(_BUFFERS) + len(made) + i for i, w in enumerate(plan.workspaces)}
-    maps = sorted(plan.tensor_maps, key=repr)
-    steps = part.starts
+    maps = sorted(plan.tensor_maps, key=repr) if plan.tensor_maps else []
+    if len(places) > _MAX_BUFFERS or len(maps) > _MAX_MAPS:
+        return None
     dense = plan.buffers - {s.buffer for s in plan.strides}
-    numbers: list[int] = [int(name not in dense) for name in ("x", "grad", "grad_x")]
-    numbers.append(len(made))
-    numbers += [len(plan.workspaces), *(w.bytes for w in plan.workspaces), len(maps)]
+    numbers = [0 if name in dense else 1 for name in ("x", "grad", "grad_x")]
+    numbers += [len(made), len(plan.workspaces), *[w.bytes for w in plan.workspaces], len(maps)]
     for tensor_map in maps:
         numbers += [places[tensor_map.buffer], len(tensor_map.sizes), *tensor_map.sizes, *tensor_map.box]
-    numbers.append(len(steps))
+    numbers.append(len(part.starts))
     names = []
-    for step in steps:
+    for step in part.starts:
         if isinstance(step, Fill):
             numbers += [1, 0, places[step.buffer], 0, 0, 0, 0, 0, 0, 0]
             names.append(step.buffer)
             continue
-        if len(step.arguments) > _MAX_ARGUMENTS:
+        arguments, launch = step.arguments, step.launch
+        if len(arguments) > _MAX_ARGUMENTS:
             return None
-        launch = step.launch
-        closely = isinstance(step, cuda.Start) and step.closely
-        numbers += [0, closely, 0, int(step.function), *launch.grid, launch.block, launch.shared_memory]
-        numbers.append(len(step.arguments))
-        for argument in step.arguments:
-            numbers += _argument(argument, places, maps)
+        numbers += [0, step.closely, 0, step.address, *launch.grid, launch.block, launch.shared_memory]
+        numbers.append(len(arguments))
+        for argument in arguments:
+            kind = type(argument)
+            if kind is int:
+                numbers += (_NUMBER, argument, 0)
+            elif kind is str:
+                numbers += (_ADDRESS, places[argument], 0)
+            elif kind is Stride:
+                numbers += (_STRIDE, places[argument.buffer], argument.axis)
+            elif kind is TensorMap:
+                numbers += (_MAP, maps.index(argument), 0)
+            else:
+                numbers += (_SIZE, places[argument.buffer], 0)
         names.append(launch.kernel)
-    if len(places) > _MAX_BUFFERS or len(maps) > _MAX_MAPS:
-        return None
-    return _Written([int(n) for n in numbers], names, made)
+    return _Written(numbers, names, made)
 
 
-def _argument(argument: Any, places: dict[str, int], maps: list[TensorMap]) -> tuple[int, int, int]:
-    if isinstance(argument, int):
-        return _NUMBER, argument, 0
-    if isinstance(argument, str):
-        return _ADDRESS, places[argument], 0
-    if isinstance(argument, Stride):
-        return _STRIDE, places[argument.buffer], argument.axis
-    if isinstance(argument, TensorMap):
-        return _MAP, maps.index(argument), 0
-    return _SIZE, places[argument.buffer], 0
+@cache
+def _places(
+    buffers: frozenset[str], workspaces: tuple[str, ...], kept: bool
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Where the library has the buffers of a plan, and which of them are forms of the table.
+
+    Args:
+        buffers: of the plan.
+        workspaces: of the plan.
+        kept: whether the table is narrow, so that ``table`` is a form of it: plans mean one in float32.
+    """
+    known = set(_BUFFERS) - {"table"} if kept else set(_BUFFERS)
+    made = tuple(sorted(buffers - known))
+    places = {name: i for i, name in enumerate(_BUFFERS)}
+    places |= {name: len(_BUFFERS) + i for i, name in enumerate(made)}
+    places |= {name: len(_BUFFERS) + len(made) + i for i, name in enumerate(workspaces)}
+    return places, made
 
 
 def _keep(error: BaseException) -> int:
