@@ -121,4 +121,4 @@ def _largest(family: Family, problem: Problem, candidates: list[Parameters]) -> 
 
 def _fitting(family: Family, problem: Problem, candidates: list[Parameters], grids: int) -> list[Parameters]:
     finer = replace(problem, shape=replace(problem.shape, grids=grids))
-    return [c for c in candidates if not family.violations(finer, c)]
+    return [c for c in candidates if not family.examine(finer, c)]

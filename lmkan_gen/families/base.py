@@ -73,6 +73,13 @@ class Family(ABC):
         of_layer = _violations(self, problem.layer, tuple(parameters.items()))
         return [*of_layer, *self.batch_violations(problem, parameters)]
 
+    def examine(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        """`violations`, of which nothing is kept: for walks through many points and layers."""
+        if type(self).violations is not Family.violations:
+            return self.violations(problem, parameters)
+        of_layer = self.layer_violations(problem.layer, parameters)
+        return of_layer or self.batch_violations(problem, parameters)
+
     def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
         """Those of `violations` that every batch has."""
         return []
