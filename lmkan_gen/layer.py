@@ -198,7 +198,7 @@ class LMKAN2DLayer(BatchLastModule):
         Kernels then may read it in an order of their own, which is made once. Inputs and outputs keep their
         dtype. Inputs still have a gradient, but not with int8; the table has none. The state dict of a frozen
         layer holds the table in ``table_dtype`` only (``frozen.values``, and ``frozen.scales`` for int8), and
-        freezes the layer that loads it. On CPUs, which have no kernels for narrow tables, they are unpacked.
+        freezes the layer that loads it.
 
         Errors relative to the output are about 4e-4 for float16 and 3e-3 for bfloat16; for int8 below 1e-2
         where functions are smooth. Beyond ``|x|`` of about 150 float16 weights of the extrapolation overflow.

@@ -30,8 +30,11 @@ _LARGEST = 127
 #: of a weight of int8 tables, which are 16-bit integers
 WEIGHT_ONE = 512
 _BANKS = 32  # of shared memory
+_ROWS = "rows_"
 _STREAMED = "stages_"
 _FRAGMENTS = "fragments_"
+#: what launch plans call the scales that belong to rows of a pitch: float32 ``[ceil(P/8), pitch]``
+ROW_SCALES = "row_scales"
 #: what launch plans call the scales that belong to `fragments`
 FRAGMENT_SCALES = "fragment_scales"
 #: outputs and pairs that lie together in `fragments`
@@ -204,11 +207,15 @@ def row_pitch(outputs: int) -> int:
     return -(-outputs // 4) * 4
 
 
-def rows(table: Tensor) -> Tensor:
-    """A table ``[G+1, G+1, O, P]`` with its outputs together: ``[P, G+1, G+1, row_pitch(O)]``."""
-    outputs = table.shape[2]
+def rows_name(pitch: int) -> str:
+    """What launch plans call a table in the layout of `rows` with this pitch, in its type."""
+    return f"{_ROWS}{pitch}"
+
+
+def rows(table: Tensor, pitch: int) -> Tensor:
+    """A table ``[G+1, G+1, O, P]`` with its outputs together: ``[P, G+1, G+1, pitch]``, zeros behind them."""
     by_pair = table.permute(3, 0, 1, 2)
-    return torch.nn.functional.pad(by_pair, (0, row_pitch(outputs) - outputs)).contiguous()
+    return torch.nn.functional.pad(by_pair, (0, pitch - table.shape[2])).contiguous()
 
 
 def stages_name(pairs: int, words: int, vector: int) -> str:
@@ -323,9 +330,15 @@ class _Source:
         if name == "table":
             return {name: self.table}
         if name == "rows":
-            return {name: rows(self.rounded.values)}
+            return {name: rows(self.rounded.values, row_pitch(self.rounded.values.shape[2]))}
         if name == "words":
             return dict(self.packed)
+        if name.startswith(_ROWS):
+            pitch, scales = int(name.removeprefix(_ROWS)), self.rounded.scales
+            of_rows = {name: rows(self.rounded.values, pitch)}
+            if scales is not None:
+                of_rows[ROW_SCALES] = torch.nn.functional.pad(scales, (0, pitch - scales.shape[1]))
+            return of_rows
         if name.startswith(_STREAMED):
             pairs, width, vector = (int(number) for number in name.removeprefix(_STREAMED).split("_"))
             if self._dtype is TableDtype.FLOAT32:
@@ -339,7 +352,7 @@ class _Source:
 
 
 def _is_form(name: str) -> bool:
-    return name in ("table", "rows", "words") or name.startswith((_STREAMED, _FRAGMENTS))
+    return name in ("table", "rows", "words") or name.startswith((_ROWS, _STREAMED, _FRAGMENTS))
 
 
 def arranged(

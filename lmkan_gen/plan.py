@@ -115,9 +115,9 @@ class LaunchPlan:
     ``value`` ``[]``, or for its gradient ``scale`` ``[]`` and the output ``grad_table``. All float32 and
     contiguous, except that a plan gets ``x``, ``grad`` and ``grad_x`` as they lie in memory if it asks for
     their strides (``grad_x`` without gaps in any case). Where tables are narrow also ``words`` and, for
-    int8, ``scales``; where they do not change ``rows``, ``stages_{pairs}_{words}`` and, for int8,
-    ``fragments_{pairs}`` with ``fragment_scales``: all as `lmkan_gen.packing` lays them out. Outputs arrive
-    uninitialised: the plan must write every element.
+    int8, ``scales``; where they do not change ``rows``, ``rows_{pitch}`` (for int8 with ``row_scales``),
+    ``stages_{pairs}_{words}`` and, for int8, ``fragments_{pairs}`` with ``fragment_scales``: all as
+    `lmkan_gen.packing` lays them out. Outputs arrive uninitialised: the plan must write every element.
     """
 
     workspaces: tuple[Workspace, ...]
