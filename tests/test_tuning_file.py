@@ -14,14 +14,12 @@ from hypothesis import strategies as st
 
 from lmkan_gen import device as devices
 from lmkan_gen.device import target
-from lmkan_gen.families import families, family
+from lmkan_gen.families import family
 from lmkan_gen.problem import Operation, Problem
 from lmkan_gen.resources import resource_directory
 from lmkan_gen.tuning_file import SCHEMA_FILE, TuningFile, TuningFileError, dump, load, merge, save
 
-PARAMETERS = {
-    name: values[0] for name, values in families("cpu", Operation.FORWARD)[0].space(Operation.FORWARD).items()
-}
+PARAMETERS = {name: values[0] for name, values in family("row_vector").space(Operation.FORWARD).items()}
 
 
 def content() -> dict[str, Any]:
