@@ -31,7 +31,8 @@ _LARGEST = 127
 #: of a weight of int8 tables, which are 16-bit integers
 WEIGHT_ONE = 512
 _BANKS = 32  # of shared memory
-_REGISTER = 16  # elements, of the widest CPUs
+#: what launch plans call the scales that belong to `Rows`: float32 ``[ceil(P/8), pitch]``
+ROW_SCALES = "row_scales"
 #: what launch plans call the scales that belong to `fragments`
 FRAGMENT_SCALES = "fragment_scales"
 #: outputs and pairs that lie together in `fragments`
@@ -204,18 +205,26 @@ def row_pitch(outputs: int) -> int:
     return -(-outputs // 4) * 4
 
 
-def rows(table: Tensor) -> Tensor:
-    """A table ``[G+1, G+1, O, P]`` with its outputs together: ``[P, G+1, G+1, row_pitch(O)]``.
+class Rows(str):
+    """What launch plans call a table in the layout of `rows`, in its type: a name that knows the pitch.
 
-    Behind it lies memory for a register more, which kernels on CPUs may read.
+    Attributes:
+        pitch: values from one row to the next.
     """
-    side, _, outputs, pairs = table.shape
-    pitch = row_pitch(outputs)
-    size = pairs * side * side * pitch
-    memory = table.new_zeros(size + _REGISTER)
-    made: Tensor = memory[:size].view(pairs, side, side, pitch)
-    made[..., :outputs].copy_(table.permute(3, 0, 1, 2))
-    return made
+
+    pitch: int
+
+    def __new__(cls, pitch: int) -> Self:
+        """The name for a pitch."""
+        name = super().__new__(cls, f"rows_{pitch}")
+        name.pitch = pitch
+        return name
+
+
+def rows(table: Tensor, pitch: int) -> Tensor:
+    """A table ``[G+1, G+1, O, P]`` with its outputs together: ``[P, G+1, G+1, pitch]``, zeros behind them."""
+    by_pair = table.permute(3, 0, 1, 2)
+    return torch.nn.functional.pad(by_pair, (0, pitch - table.shape[2])).contiguous()
 
 
 class Stages(str):
@@ -356,11 +365,15 @@ class _Source:
         if name == "table":
             return {name: self.table}
         if name == "rows":
-            rounded = self.rounded
-            scales = {} if rounded.scales is None else {"scales": rounded.scales}
-            return {name: rows(rounded.values), **scales}
+            return {name: rows(self.rounded.values, row_pitch(self.rounded.values.shape[2]))}
         if name == "words":
             return dict(self.packed)
+        if isinstance(name, Rows):
+            scales = self.rounded.scales
+            of_rows: dict[str, Tensor] = {name: rows(self.rounded.values, name.pitch)}
+            if scales is not None:
+                of_rows[ROW_SCALES] = torch.nn.functional.pad(scales, (0, name.pitch - scales.shape[1]))
+            return of_rows
         if isinstance(name, Stages):
             tile = (name.pairs, name.words, name.vector)
             if self._dtype is TableDtype.FLOAT32:
@@ -374,7 +387,7 @@ class _Source:
 
 
 def _is_form(name: str) -> bool:
-    return name in ("table", "rows", "words") or isinstance(name, (Stages, Fragments))
+    return name in ("table", "rows", "words") or isinstance(name, (Rows, Stages, Fragments))
 
 
 def arranged(

@@ -116,8 +116,8 @@ class LaunchPlan:
     ``value`` ``[]``, or for its gradient ``scale`` ``[]`` and the output ``grad_table``. All float32 and
     contiguous, except that a plan gets ``x``, ``grad`` and ``grad_x`` as they lie in memory if it asks for
     their strides (``grad_x`` without gaps in any case). Where tables are narrow also ``words`` and, for
-    int8, ``scales``; where they do not change ``rows``, names of `lmkan_gen.packing.Stages` and, for int8,
-    `lmkan_gen.packing.Fragments` with ``fragment_scales``: all as that module lays them out. Outputs arrive
+    int8, ``scales``; where they do not change ``rows``, and names that `lmkan_gen.packing` makes: `Rows` (for
+    int8 with ``row_scales``), `Stages`, and for int8 `Fragments` with ``fragment_scales``. Outputs arrive
     uninitialised: the plan must write every element.
     """
 

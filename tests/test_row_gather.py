@@ -49,7 +49,7 @@ def test_deterministic_sums_are_not_split() -> None:
 def test_rows_hold_outputs_together(dtype: TableDtype, outputs: int) -> None:
     table = torch.randn(5, 5, outputs, 3)
     rounded = packing.round_table(table, dtype)
-    rows = packing.rows(rounded.values)
+    rows = packing.rows(rounded.values, packing.row_pitch(rounded.values.shape[2]))
     assert rows.is_contiguous()
     assert rows.shape == (3, 5, 5, packing.row_pitch(outputs))
     expected = table if dtype is TableDtype.FLOAT32 else packing.unpack(packing.pack(table, dtype))

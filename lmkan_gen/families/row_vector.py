@@ -1,8 +1,8 @@
 """CPU kernels that keep each knot's parameters as a row over outputs.
 
-A pre-pass finds every sample's cells, another repacks the table so that the outputs of one knot
-are contiguous. Then a sample blends (or, for the table's gradient, updates) four rows with SIMD. Tiles
-keep the rows in use in the caches of a core.
+A pre-pass finds every sample's cells. Another repacks the table so that the outputs of one knot are
+contiguous; a table that stays as it is comes arranged so, in its own type. Then a sample blends (or, for the
+table's gradient, updates) four rows with SIMD. Tiles keep the rows in use in the caches of a core.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from math import prod
 from typing import ClassVar, Literal
 
 from lmkan_gen.families.base import Family, Parameters, Violation
+from lmkan_gen.families.registers import lanes
+from lmkan_gen.packing import ROW_SCALES, SCALE_PAIRS, Rows
 from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
-from lmkan_gen.problem import Layer, Operation, Problem
+from lmkan_gen.problem import Operation, Problem, TableDtype
 
 _TEMPLATE = "row_vector.cpp.j2"
 
-#: floats of one SIMD register
-_LANES = {"generic": 4, "x86-64-v3": 8, "x86-64-v4": 16}
-
 #: a tile's sums and the values in flight must fit the registers
 _MOST_VECTORS = 8
+_LONGEST_TILE = 128
 
 _SPACES: Mapping[Operation, Mapping[str, tuple[Constant, ...]]] = {
     Operation.FORWARD: {
@@ -64,7 +64,17 @@ class RowVector(Family):
     name: ClassVar[str] = "row_vector"
     device_kind: ClassVar[Literal["cpu", "cuda"]] = "cpu"
     operations: ClassVar[frozenset[Operation]] = frozenset(_SPACES)
+    #: gradients of tables are float32, and int8 tables have no derivatives
+    tables: ClassVar[Mapping[Operation, frozenset[TableDtype]]] = {
+        Operation.FORWARD: frozenset(TableDtype),
+        Operation.GRAD_INPUT: frozenset(TableDtype) - {TableDtype.INT8},
+        Operation.GRAD_TABLE: frozenset({TableDtype.FLOAT32}),
+    }
     idea: ClassVar[str] = "rows of outputs per knot, four of them blended with SIMD per sample and pair"
+
+    def computes(self, operation: Operation, table: TableDtype) -> bool:
+        """See base class."""
+        return operation in self.operations and table in self.tables[operation]
 
     def space(self, operation: Operation) -> Mapping[str, tuple[Constant, ...]]:
         return _SPACES[operation]
@@ -76,7 +86,7 @@ class RowVector(Family):
         parameters: dict[str, int] = {}
         for name, wanted in _GOOD[problem.operation].items():
             if name == "outputs_tile":
-                wanted = min(wanted, _MOST_VECTORS * lanes(problem))
+                wanted = min(wanted, _MOST_VECTORS * lanes(problem.device))
             parameters[name] = min(wanted, _smallest_holding(space[name], sizes[name]))
         # a task for every core matters more than tiles of the best size
         for name in _DIVIDES[problem.operation]:
@@ -85,21 +95,20 @@ class RowVector(Family):
                 parameters[name] = smaller.pop()
         return parameters
 
-    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
-        if layer.constant and layer.operation is not Operation.GRAD_TABLE:
-            return [Violation("constant", "a table that stays as it is needs to be laid out once only")]
-        return self.too_wide(layer, parameters)
-
-    def too_wide(self, layer: Layer, parameters: Parameters) -> list[Violation]:
-        """Whether the outputs of a tile have no room in the registers."""
-        most = _MOST_VECTORS * lanes(layer)
-        if int(parameters.get("outputs_tile", 0)) <= most:
-            return []
-        message = (
-            f"outputs_tile {parameters['outputs_tile']} needs more than {_MOST_VECTORS} registers "
-            f"of {lanes(layer)} floats on {layer.device.arch}: at most {most} fits"
-        )
-        return [Violation("registers", message)]
+    def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
+        found = []
+        width = lanes(problem.device)
+        most = _MOST_VECTORS * width
+        if int(parameters.get("outputs_tile", 0)) > most:
+            message = (
+                f"outputs_tile {parameters['outputs_tile']} needs more than {_MOST_VECTORS} registers "
+                f"of {width} floats on {problem.device.arch}: at most {most} fits"
+            )
+            found.append(Violation("registers", message))
+        if problem.table is not TableDtype.FLOAT32 and not problem.constant:
+            message = f"a {problem.table} table that changes from call to call is better packed in float32"
+            found.append(Violation("constant", message))
+        return found
 
     def wasted(self, problem: Problem, parameters: Parameters) -> bool:
         """Whether a smaller tile would hold all outputs, samples or pairs as well."""
@@ -109,37 +118,42 @@ class RowVector(Family):
             int(parameters[tile]) > _smallest_holding(values, sizes[tile]) for tile, values in space.items()
         )
 
-    def layer_spec(self, layer: Layer, parameters: Parameters) -> KernelSpec:
+    def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
         constants: dict[str, Constant] = {
-            "operation": str(layer.operation),
-            "grids": layer.shape.grids,
-            "lanes": lanes(layer),
+            "operation": str(problem.operation),
+            "grids": problem.shape.grids,
+            "lanes": lanes(problem.device),
+            "table": str(problem.table),
+            "scale_pairs": SCALE_PAIRS,
         }
         if "outputs_tile" in parameters:
             constants["outputs_tile"] = parameters["outputs_tile"]
-        return KernelSpec.make(_TEMPLATE, layer.device.arch, constants)
+        return KernelSpec.make(_TEMPLATE, problem.device.arch, constants)
 
     def plan(self, problem: Problem, parameters: Parameters) -> LaunchPlan:
         s = problem.shape
-        width = int(parameters.get("outputs_tile") or _round_up(s.outputs, lanes(problem)))
-        padded = _round_up(s.outputs, width)
+        pitch = _pitch(problem)
         tiles = (int(parameters["batch_tile"]), int(parameters["pairs_tile"]))
         cells = Workspace("cells", 12 * s.pairs * s.batch)
-        packed_table = Workspace("packed_table", 4 * padded * s.pairs * s.knots)
-        packed_grad = Workspace("packed_grad", 4 * padded * s.batch)
+        packed_table = Workspace("packed_table", 4 * pitch * s.pairs * s.knots)
+        packed_grad = Workspace("packed_grad", 4 * pitch * s.batch)
         locate = Launch("coordinates", ("x", "borders", "cells", s.inputs, s.batch, *strides("x")))
-        pack_table = Launch("pack_table", ("table", "packed_table", s.pairs, s.outputs, width))
-        pack_grad = Launch("pack_grad", ("grad", "packed_grad", s.outputs, s.batch, width, *strides("grad")))
-        sizes = (s.pairs, s.outputs, s.batch, *tiles)
+        pack_table = Launch("pack_table", ("table", "packed_table", s.pairs, s.outputs, pitch))
+        pack_grad = Launch("pack_grad", ("grad", "packed_grad", s.outputs, s.batch, pitch, *strides("grad")))
+        # a table that stays as it is comes as rows
+        rows = (Rows(pitch),) if problem.constant else ("packed_table",)
+        scales = (ROW_SCALES,) if problem.table is TableDtype.INT8 else ()
+        tables = (packed_table,) if not problem.constant else ()
+        packing = (pack_table,) if not problem.constant else ()
+        sizes = (s.pairs, s.outputs, pitch, s.batch, *tiles)
         match problem.operation:
             case Operation.FORWARD:
-                main = Launch("forward", ("cells", "packed_table", "y", *sizes))
-                return LaunchPlan((cells, packed_table), (locate, pack_table, main))
+                main = Launch("forward", ("cells", *rows, *scales, "y", *sizes))
+                return LaunchPlan((cells, *tables), (locate, *packing, main))
             case Operation.GRAD_INPUT:
-                buffers = ("cells", "packed_table", "packed_grad", "borders", "grad_x")
-                arguments = (*buffers, s.inputs, width, s.batch, *tiles, *strides("grad_x"))
-                main = Launch("grad_input", arguments)
-                return LaunchPlan((cells, packed_table, packed_grad), (locate, pack_table, pack_grad, main))
+                buffers = ("cells", *rows, "packed_grad", "borders", "grad_x")
+                main = Launch("grad_input", (*buffers, s.inputs, *sizes[1:], *strides("grad_x")))
+                return LaunchPlan((cells, *tables, packed_grad), (locate, *packing, pack_grad, main))
             case Operation.GRAD_TABLE:
                 main = Launch("grad_table", ("cells", "packed_grad", "grad_table", *sizes))
                 return LaunchPlan((cells, packed_grad), (locate, pack_grad, main))
@@ -150,9 +164,15 @@ class RowVector(Family):
 FAMILY = RowVector()
 
 
-def lanes(problem: Problem) -> int:
-    """Floats of one SIMD register."""
-    return _LANES[problem.device.arch]
+def _pitch(problem: Problem) -> int:
+    """Elements from one row to the next: whole registers.
+
+    Rows longer than a tile are an odd number of them: from a power of two apart, pieces of rows would share
+    few lines of a cache.
+    """
+    width = lanes(problem.device)
+    vectors = -(-problem.shape.outputs // width)
+    return width * (vectors | 1 if width * vectors > _LONGEST_TILE else vectors)
 
 
 def _integers(values: tuple[Constant, ...]) -> list[int]:
@@ -170,7 +190,3 @@ def _tasks(problem: Problem, parameters: Mapping[str, int]) -> int:
     shape = problem.shape
     sizes = {"outputs_tile": shape.outputs, "batch_tile": shape.batch, "pairs_tile": shape.pairs}
     return prod(-(-sizes[name] // parameters[name]) for name in _DIVIDES[problem.operation])
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
