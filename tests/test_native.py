@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 from lmkan_gen import LMKAN2DLayer, dispatch, knots, lmkan, set_workspace_limit
-from lmkan_gen.launch import native
+from lmkan_gen.call import Call
+from lmkan_gen.device import cpu, models
+from lmkan_gen.families import families
+from lmkan_gen.launch import native, service
+from lmkan_gen.launch.cuda import Start
 from lmkan_gen.nn import LMKANMLP, lmkan_layers
+from lmkan_gen.plan import Fill
+from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
 from tests import layouts
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -302,6 +308,35 @@ def test_a_library_that_cannot_be_built_costs_one_warning() -> None:
 
 def test_the_environment_leaves_all_to_python() -> None:
     assert fresh("import os; os.environ['LMKAN_GEN_LAUNCHER'] = 'python'") == "False []"
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("table", TableDtype)
+@pytest.mark.parametrize("operation", CALL_OPERATIONS)
+def test_plans_of_every_family_can_be_written(
+    operation: Operation, table: TableDtype, constant: bool
+) -> None:
+    """And name every buffer, stride, size and tensor map that a launch is given."""
+    shape, kinds = LayerShape(512, 512, 18, 4096), ("cpu", "cuda")
+    chips = {"cpu": cpu(), "cuda": next(d for d in models("sm_90") if "H200" in d.name)}
+    for kind, family in ((k, f) for k in kinds for f in families(k, operation, table)):
+        problem = Problem(operation, shape, chips[kind], table, constant=constant, strided=True)
+        parameters = family.default(problem)
+        if parameters is None:
+            continue
+        plan, spec = family.plan(problem, parameters), family.spec(problem, parameters)
+        starts = [s if isinstance(s, Fill) else Start(None, s, s.arguments, False, 1) for s in plan.steps]
+        call = Call(operation, shape, torch.device(kind), table=table, constant=constant, strided=True)
+        written = service._written(native.Part(spec, plan, table, starts), call)
+        assert written is not None, family.name
+        forms = {b for b in plan.buffers if b not in service._BUFFERS}
+        if table is not TableDtype.FLOAT32 and "table" in plan.buffers:
+            forms.add("table")
+        assert set(written.forms) == forms
+        assert all(type(n) is int or isinstance(n, bool) for n in written.numbers)
+        expected = 4 + 1 + len(plan.workspaces) + 1 + sum(2 + 2 * len(m.sizes) for m in plan.tensor_maps) + 1
+        expected += sum(10 + 3 * (0 if isinstance(s, Fill) else len(s.arguments)) for s in plan.steps)
+        assert len(written.numbers) == expected
 
 
 def gpu_network() -> torch.nn.Module:

@@ -247,14 +247,13 @@ def _written(part: Part, call: Call) -> _Written | None:
         numbers += [0, step.closely, 0, step.address, *launch.grid, launch.block, launch.shared_memory]
         numbers.append(len(arguments))
         for argument in arguments:
-            kind = type(argument)
-            if kind is int:
+            if isinstance(argument, int):
                 numbers += (_NUMBER, argument, 0)
-            elif kind is str:
+            elif isinstance(argument, str):  # some names know more than their letters
                 numbers += (_ADDRESS, places[argument], 0)
-            elif kind is Stride:
+            elif isinstance(argument, Stride):
                 numbers += (_STRIDE, places[argument.buffer], argument.axis)
-            elif kind is TensorMap:
+            elif isinstance(argument, TensorMap):
                 numbers += (_MAP, maps.index(argument), 0)
             else:
                 numbers += (_SIZE, places[argument.buffer], 0)
