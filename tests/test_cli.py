@@ -325,8 +325,10 @@ def test_doctor_runs_a_layer_and_says_why(run: Run) -> None:
 @pytest.mark.usefixtures("no_compilers")
 def test_doctor_on_a_bare_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmkan_gen import dispatch
+    from lmkan_gen.launch import cpu
 
     dispatch.clear_caches()
+    cpu.unload()
     toolchain._known.clear()
     monkeypatch.setattr(nvcc, "installed", lambda: ())
     found = findings(run)

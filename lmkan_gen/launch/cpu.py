@@ -133,3 +133,8 @@ def _scratch(size: int) -> int:
         block = _of_thread.block = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device="cpu")
     address = block.data_ptr()
     return address + -address % _ALIGNMENT
+
+
+def unload() -> None:
+    """Forget loaded libraries (they stay valid for plans already prepared)."""
+    _kernels.cache_clear()
