@@ -230,6 +230,22 @@ def test_forms_go_with_their_table() -> None:
     assert address not in native._service._held
 
 
+def test_what_is_held_of_a_table_does_not_grow() -> None:
+    """Neither with batches, whose plans read the same forms, nor with writes, which have them made anew."""
+    layer = LMKAN2DLayer(6, 16, 24).eval().freeze(torch.float16)
+    assert native._service is not None
+    assert layer.frozen is not None
+    sizes = set()
+    with torch.no_grad():
+        layer(torch.randn(16, 60))
+        for batch in range(60, 75):
+            layer(torch.randn(16, batch))
+            _, forms = native._service._held[layer.frozen.values.data_ptr()]
+            sizes.add(sum(len(tensors) for tensors in forms.values()))
+            layer.frozen.values.mul_(1)
+    assert len(sizes) == 1
+
+
 def test_eight_threads_call_one_cold_layer() -> None:
     layer = LMKAN2DLayer(7, 12, 10)
     x = torch.randn(12, 41)

@@ -61,10 +61,10 @@ class Service:
         self.asked: set[str] = set()
         self.served: set[str] = set()
         self.library: ctypes.CDLL | None = None
-        #: plans that read forms: their names and the type of the table, by the library's number of the plan
-        self._reads: dict[int, tuple[tuple[str, ...], TableDtype]] = {}
-        #: what the library has addresses of: the table's memory, and forms; by the table's address
-        self._held: dict[int, list[Tensor]] = {}
+        #: which forms plans read together, and the type of the table; the library knows them by their place
+        self._arrangements: list[tuple[tuple[str, ...], TableDtype]] = []
+        #: what the library has addresses of, by the table's address: its memory, and forms by arrangement
+        self._held: dict[int, tuple[Tensor, dict[int, list[Tensor]]]] = {}
         self._with_cuda = ctypes.c_bool()
         self._callbacks = (
             _Prepare(self._on_prepare),
@@ -85,7 +85,8 @@ class Service:
     def _load(self) -> ctypes.CDLL:
         library = ctypes.CDLL(str(toolchain.binary(SPEC).path))
         library.lmkan_ready.restype = ctypes.c_char_p
-        library.lmkan_add.restype = library.lmkan_version.restype = ctypes.c_int64
+        library.lmkan_version.restype = ctypes.c_int64
+        library.lmkan_add.restype = None
         library.lmkan_version.argtypes = [ctypes.c_void_p]
         library.lmkan_add.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         library.lmkan_forget_table.argtypes = [ctypes.c_int64]
@@ -121,16 +122,21 @@ class Service:
             for part, one in zip(parts, written, strict=True):
                 assert one is not None
                 assert self.library is not None
-                values = (ctypes.c_int64 * len(one.numbers))(*one.numbers)
+                numbers = [self._arrangement(one.forms, part.table), *one.numbers]
+                values = (ctypes.c_int64 * len(numbers))(*numbers)
                 names = (ctypes.c_char_p * len(one.names))(*(n.encode() for n in one.names))
-                number = self.library.lmkan_add(plans, values, names)
-                if one.forms:
-                    self._reads[number] = one.forms, part.table
+                self.library.lmkan_add(plans, values, names)
         except BaseException as error:
             return _keep(error)
         return 0
 
-    def _on_arrange(self, plan: int, address: int, state: Any, made: Any) -> int:
+    def _arrangement(self, forms: tuple[str, ...], table: TableDtype) -> int:
+        """The place of what a plan reads; a layer's plans for all batches share few."""
+        if (forms, table) not in self._arrangements:
+            self._arrangements.append((forms, table))
+        return self._arrangements.index((forms, table))
+
+    def _on_arrange(self, arrangement: int, address: int, state: Any, made: Any) -> int:
         try:
             found = forms.kept_at(address)
             if found is None:
@@ -141,24 +147,24 @@ class Service:
                 known[1:] = [kept.scales.data_ptr(), kept.scales._version]
             if list(state[0:3]) != known:
                 return 1
-            names, dtype = self._reads[plan]
+            names, dtype = self._arrangements[arrangement]
             table = RoundedTable(values, kept.scales)
             buffers = packing.arranged({}, names, dtype, table, kept)
             if not kept.holds(buffers[name] for name in names):
                 return 1
-            self._hold(values, address, [buffers[name] for name in names])
+            self._hold(values, address, arrangement, [buffers[name] for name in names])
             for i, name in enumerate(names):
                 made[i] = buffers[name].data_ptr()
         except BaseException as error:
             return _keep(error)
         return 0
 
-    def _hold(self, values: Tensor, address: int, tensors: list[Tensor]) -> None:
+    def _hold(self, values: Tensor, address: int, arrangement: int, tensors: list[Tensor]) -> None:
         if address not in self._held:
             # shares memory and version with the table, but does not keep the table itself
-            self._held[address] = [values.detach()]
+            self._held[address] = values.detach(), {}
             weakref.finalize(values, self._let_go, address).atexit = False
-        self._held[address] += tensors
+        self._held[address][1][arrangement] = tensors
 
     def _let_go(self, address: int) -> None:
         assert self.library is not None
