@@ -17,10 +17,10 @@ from lmkan_gen import dispatch, packing, reference
 from lmkan_gen.call import Call
 from lmkan_gen.dtensor import beside
 from lmkan_gen.forms import forms_of, keep_forms
-from lmkan_gen.launch import native
 from lmkan_gen.operators import (
     Differentiable,
     below_autograd,
+    directly,
     longer_batch,
     primals,
     register,
@@ -62,11 +62,7 @@ def frozen_lmkan(x: Tensor, values: Tensor, scales: Tensor | None, borders: Tens
         if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
             y: Tensor = _Forward.apply(x, values, scales, borders)  # type: ignore[attr-defined]
             return y
-        try:
-            with torch._C._AutoDispatchBelowAutograd():
-                computed: Tensor = _forward_kernel(x, values, scales, borders)
-        except RuntimeError as error:
-            raise native.cause(error) from None
+        computed: Tensor = directly(_forward_kernel, x, values, scales, borders)
         return computed
     wanted = torch.float32 if autocasts(x) else x.dtype
     if x.dtype in HALVES:

@@ -80,7 +80,13 @@ def below_autograd(op: Any, *arguments: Any) -> Any:
 
     An autograd function turns differentiation off inside; transforms further out still want it.
     """
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return directly(op, *arguments)
+
+
+def directly(op: Any, *arguments: Any) -> Any:
+    """What the kernel of ``op`` returns, past autograd: `called` below the dispatcher's Autograd key."""
+    with torch._C._AutoDispatchBelowAutograd():
         return called(op, *arguments)
 
 
@@ -117,8 +123,7 @@ def register(
         if type(arguments[0]) is not Tensor and op in DECOMPOSITIONS and _exports_to_onnx():
             return DECOMPOSITIONS[op](*arguments)
         if not is_differentiated(arguments):
-            with torch._C._AutoDispatchBelowAutograd():
-                return called(op, *arguments)
+            return directly(op, *arguments)
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 return function.apply(*arguments)  # type: ignore[attr-defined]

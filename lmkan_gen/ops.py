@@ -20,10 +20,10 @@ from lmkan_gen.call import Call
 from lmkan_gen.dtensor import beside, is_dtensor
 from lmkan_gen.families import Demand
 from lmkan_gen.forms import forms_of, keep_forms
-from lmkan_gen.launch import native
 from lmkan_gen.operators import (
     Differentiable,
     below_autograd,
+    directly,
     longer_batch,
     primals,
     register,
@@ -126,11 +126,7 @@ def run_eagerly(x: Tensor, table: Tensor, borders: Tensor, *options: Any) -> Ten
     if torch.is_grad_enabled() and (x.requires_grad or table.requires_grad):
         y: Tensor = _Eager.apply(x, table, borders, *options)  # type: ignore[attr-defined]
         return y
-    try:
-        with torch._C._AutoDispatchBelowAutograd():
-            computed: Tensor = _forward_kernel(x, table, borders, *options)
-    except RuntimeError as error:
-        raise native.cause(error) from None
+    computed: Tensor = directly(_forward_kernel, x, table, borders, *options)
     return computed
 
 
@@ -407,11 +403,7 @@ class _Eager(Differentiable):
         ctx.save_for_backward(x, table, borders)
         ctx.set_materialize_grads(False)
         ctx.options = options[2:]
-        try:
-            with torch._C._AutoDispatchBelowAutograd():
-                y: Tensor = _forward_kernel(x, table, borders, *options)
-        except RuntimeError as error:
-            raise native.cause(error) from None
+        y: Tensor = directly(_forward_kernel, x, table, borders, *options)
         return y
 
     @staticmethod
@@ -424,11 +416,7 @@ class _Eager(Differentiable):
         if torch.is_grad_enabled():  # to be differentiated again
             grad_x, grad_table = _backward_op(*arguments)
         else:
-            try:
-                with torch._C._AutoDispatchBelowAutograd():
-                    grad_x, grad_table = _backward_kernel(*arguments)
-            except RuntimeError as error:
-                raise native.cause(error) from None
+            grad_x, grad_table = directly(_backward_kernel, *arguments)
         return grad_x if needs[0] else None, grad_table if needs[1] else None, *nothing
 
 
