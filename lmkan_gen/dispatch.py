@@ -8,12 +8,14 @@ environment makes it run always; it is read at every call.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,9 +30,12 @@ from lmkan_gen.launch import native
 from lmkan_gen.packing import RoundedTable
 from lmkan_gen.plan import KernelSpec, LaunchPlan
 from lmkan_gen.problem import DEFAULT_WORKSPACE, LayerShape, Operation, Problem, TableDtype
+from lmkan_gen.tracing import Trace, UntraceableError
 
 if TYPE_CHECKING:
     from lmkan_gen.selection import Choice
+
+logger = logging.getLogger("lmkan_gen")
 
 DISABLE_VARIABLE = "LMKAN_GEN_DISABLE_KERNELS"
 WORKSPACE_VARIABLE = "LMKAN_GEN_WORKSPACE"
@@ -96,6 +101,8 @@ class _Prepared:
 _prepared: dict[_Key, _Prepared] = {}
 _failed: dict[KernelSpec, str] = {}
 _warned: set[str] = set()
+#: whether every batch has to come by, not only one of each range
+_is_recording = False
 #: bytes; None: the environment says
 _workspace_limit: int | None = None
 
@@ -145,10 +152,40 @@ def _find(call: Call) -> _Prepared:
     return found
 
 
-def _for_native(call: Call) -> Sequence[native.Part] | None:
-    """The plans of a call of the native launcher."""
+def _for_native(call: Call) -> native.Prepared | None:
+    """What the native launcher runs for a call."""
     found = _find(call)
-    return None if None in found.parts else [part for part in found.parts if part is not None]
+    parts = [part for part in found.parts if part is not None]
+    if len(parts) < len(found.parts):
+        return None
+    return native.Prepared(parts, None if _is_recording else _recipe(call, found.records, parts))
+
+
+def _recipe(call: Call, records: Sequence[Used], parts: Sequence[native.Part]) -> native.Recipe | None:
+    """How the plans of a call follow from its batch; None where that is more than arithmetic."""
+    from lmkan_gen import selection
+
+    batches, _ = selection.batches_alike(_problem(call))
+    if len(batches) == 1:
+        return None
+    trace = Trace(call.shape.batch)
+    traced = []
+    try:
+        # typed as an integer, which it stands for
+        shape = replace(call.shape, batch=trace.batch)  # type: ignore[arg-type]
+        for record, part in zip(records, parts, strict=True):
+            assert record.choice.family is not None
+            problem, chosen = record.choice.problem.layer.of(shape), family(record.choice.family)
+            if chosen.violations(problem, record.choice.parameters):
+                return None
+            plan = chosen.plan(problem, record.choice.parameters)
+            starts = _launcher(part.spec).starts(part.spec, plan, call.device)
+            traced.append(native.Part(part.spec, plan, part.table, starts))
+    # TypeError: of a family that computes otherwise than traced numbers do
+    except (UntraceableError, TypeError) as error:
+        logger.debug("every batch of %s is planned for in Python: %s", call, error)
+        return None
+    return native.Recipe(batches, trace, traced)
 
 
 def explain(call: Call) -> list[Choice]:
@@ -162,7 +199,18 @@ def explain(call: Call) -> list[Choice]:
     """
     from lmkan_gen import selection
 
-    problem = Problem(
+    problem = _problem(call)
+    if kernels_disabled():
+        tier = selection.Tier.REFERENCE
+        return [selection.Choice(problem, None, {}, tier, f"{DISABLE_VARIABLE} is set")]
+    if call.operation is Operation.BACKWARD:
+        return list(selection.select_backward(problem, call.demand))
+    return [selection.select(problem, call.demand)]
+
+
+def _problem(call: Call) -> Problem:
+    """What families are asked for a call."""
+    return Problem(
         call.operation,
         call.shape,
         devices.of(call.device),
@@ -172,29 +220,29 @@ def explain(call: Call) -> list[Choice]:
         workspace_limit(),
         call.strided,
     )
-    if kernels_disabled():
-        tier = selection.Tier.REFERENCE
-        return [selection.Choice(problem, None, {}, tier, f"{DISABLE_VARIABLE} is set")]
-    if call.operation is Operation.BACKWARD:
-        return list(selection.select_backward(problem, call.demand))
-    return [selection.select(problem, call.demand)]
 
 
 def used() -> list[Used]:
-    """What has run in this process, each shape and device once, oldest first."""
+    """What has run in this process, each shape and device once; oldest first, but for batches that the native
+    launcher planned for by itself, which come last."""
+    for call in native.by_recipe():
+        _find(call)
     return [record for prepared in _prepared.values() for record in prepared.records]
 
 
 @contextmanager
 def recording() -> Iterator[list[Used]]:
     """Within the context kernels are chosen afresh; after it, the list holds what ran, as `used` tells it."""
+    global _is_recording
     seen: list[Used] = []
     before = dict(_prepared)
     _prepared.clear()
     native.forget()
+    _is_recording = True
     try:
         yield seen
     finally:
+        _is_recording = False
         seen += used()
         for key, found in before.items():
             _prepared.setdefault(key, found)
@@ -295,7 +343,7 @@ def _prepare_choice(
     if spec not in _failed:
         try:
             plan = chosen.plan(problem, choice.parameters)
-            launcher = import_module(f"lmkan_gen.launch.{'cuda' if spec.is_cuda else 'cpu'}")
+            launcher = _launcher(spec)
             part = native.Part(spec, plan, problem.table, launcher.starts(spec, plan, device))
             return (
                 _when_first_run(lambda: _contiguous(launcher.prepare(spec, plan, device), plan)),
@@ -309,6 +357,10 @@ def _prepare_choice(
             _failed[spec] = str(error) or type(error).__name__
             _warn(device, error)
     return _REFERENCE[operation], None, _failed[spec]
+
+
+def _launcher(spec: KernelSpec) -> ModuleType:
+    return import_module(f"lmkan_gen.launch.{'cuda' if spec.is_cuda else 'cpu'}")
 
 
 def _when_first_run(prepare: Callable[[], Run]) -> Run:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
@@ -23,6 +23,7 @@ from lmkan_gen.tuning_sources import (
     evidence,
     forget_files,
     sources,
+    tuned_batches,
     user_tuning_directory,
 )
 
@@ -31,6 +32,7 @@ __all__ = [
     "Choice",
     "Source",
     "Tier",
+    "batches_alike",
     "clear_caches",
     "default_choice",
     "select",
@@ -47,6 +49,7 @@ _FAR = 6.0  # a factor of 8 in both widths, say
 _OVER_TUNED = 1.0  # families that are preferred by more are taken over what was tuned for other shapes
 _SPLIT = (Operation.GRAD_INPUT, Operation.GRAD_TABLE)
 _BACKWARD = (*_SPLIT, Operation.BACKWARD)
+_RANGE_BITS = 4  # of batches, ranges per factor of two as a power of two
 
 
 class Tier(StrEnum):
@@ -120,7 +123,7 @@ def select(problem: Problem, demand: Demand | None = None) -> Choice:
     In order: an entry of a tuning file for this device and shape; the nearest shape on this device;
     the nearest device of the same architecture; a family's analytic default, also where the nearest
     shape is far or its family not for this one; plain torch. A batch of zero gets the choice of a batch of
-    one.
+    one. Batches are asked about in ranges: see `batches_alike`.
 
     Args:
         problem: what is to be computed.
@@ -130,7 +133,33 @@ def select(problem: Problem, demand: Demand | None = None) -> Choice:
     Raises:
         ValueError: the demand cannot be honoured; says which limit it breaks and what would fit.
     """
-    return _select(problem, demand or Demand(), os.environ.get(TUNING_VARIABLE))
+    (choice,) = _chosen(_select, problem, demand)
+    return choice
+
+
+def batches_alike(problem: Problem) -> tuple[range, int]:
+    """The batches that get the choice of one of them, and that one.
+
+    Sixteen ranges lie between a power of two and the next. A range is asked about for the batch that was
+    tuned, or for its last one. Where several were tuned, each has its own part of the range. A choice that
+    does not fit another batch of the range is made anew for that batch.
+    """
+    batch = problem.shape.batch
+    width = 1 << max(0, (batch - 1).bit_length() - _RANGE_BITS - 1) if batch > 0 else 1
+    last = -(-batch // width) * width
+    first, of = last - width + 1, last
+    layer, environment = problem.layer, os.environ.get(TUNING_VARIABLE)
+    operations = _BACKWARD if layer.operation is Operation.BACKWARD else (layer.operation,)
+    tuned = {b for o in operations for b in tuned_batches(layer.doing(o), environment) if first <= b <= last}
+    if tuned:
+        of = min(tuned, key=lambda b: (abs(b - batch), b))
+        below, above = (
+            max((b for b in tuned if b < of), default=None),
+            min((b for b in tuned if b > of), default=None),
+        )
+        first = first if below is None else (below + of) // 2 + 1
+        last = last if above is None else (of + above) // 2
+    return range(first, last + 1), of
 
 
 def select_backward(problem: Problem, demand: Demand | None = None) -> tuple[Choice, ...]:
@@ -147,12 +176,48 @@ def select_backward(problem: Problem, demand: Demand | None = None) -> tuple[Cho
         ValueError: as in `select`.
     """
     problem = _doing(problem, Operation.BACKWARD)
-    return _select_backward(problem, demand or Demand(), os.environ.get(TUNING_VARIABLE))
+    return _chosen(_select_backward, problem, demand)
+
+
+_Choose = Callable[[Problem, Demand, str | None], tuple[Choice, ...]]
+
+
+def _chosen(choose: _Choose, problem: Problem, demand: Demand | None) -> tuple[Choice, ...]:
+    choices = _choose_alike(choose, problem, demand or Demand(), os.environ.get(TUNING_VARIABLE))
+    for choice in choices:
+        _announce(choice)
+    return choices
+
+
+@lru_cache(maxsize=4096)
+def _choose_alike(
+    choose: _Choose, problem: Problem, demand: Demand, environment: str | None
+) -> tuple[Choice, ...]:
+    """What ``choose`` answers for the batch that ``problem`` is asked about with, if that fits."""
+    _, of = batches_alike(problem)
+    if of != problem.shape.batch:
+        alike = choose(problem.layer.of(replace(problem.shape, batch=of)), demand, environment)
+        if (choices := _for_batch(alike, problem.shape)) is not None:
+            return choices
+    return choose(problem, demand, environment)
+
+
+def _for_batch(choices: tuple[Choice, ...], shape: LayerShape) -> tuple[Choice, ...] | None:
+    """The same choices for another batch; None where one does not fit it."""
+    moved = []
+    for choice in choices:
+        problem = choice.problem.layer.of(shape)
+        if choice.family is None or family(choice.family).violations(problem, choice.parameters):
+            return None
+        tier = Tier.NEAREST_SHAPE if choice.tier is Tier.EXACT else choice.tier
+        moved.append(replace(choice, problem=problem, tier=tier, time_us=None))
+    return tuple(moved)
 
 
 def clear_caches() -> None:
     """Forget choices and file contents, so that tuning files are read again."""
-    for cached in (_select, _select_backward, _fitting_completions, _nearest_completions):
+    caches = (_choose_alike, _select, _select_backward, _fitting_completions, _nearest_completions)
+    for cached in caches:
         cached.cache_clear()
     forget_files()
     _announced.clear()
@@ -237,10 +302,8 @@ def _doing(problem: Problem, operation: Operation) -> Problem:
 
 
 @lru_cache(maxsize=4096)
-def _select(problem: Problem, demand: Demand, environment: str | None) -> Choice:
-    choice = _pick(problem, demand)
-    _announce(choice)
-    return choice
+def _select(problem: Problem, demand: Demand, environment: str | None) -> tuple[Choice, ...]:
+    return (_pick(problem, demand),)
 
 
 @lru_cache(maxsize=4096)
@@ -268,10 +331,7 @@ def _select_backward(problem: Problem, demand: Demand, environment: str | None) 
     runnable = [c for c in chosen if all(choice.family is not None for choice in c)]
     # the reference for both gradients shares work between them
     fused = next((c for c in chosen if len(c) == 1), chosen[0])
-    best = min(runnable, key=_rank) if runnable else fused
-    for choice in best:
-        _announce(choice)
-    return best
+    return min(runnable, key=_rank) if runnable else fused
 
 
 def _pick_all(
@@ -531,7 +591,7 @@ def _announce(choice: Choice) -> None:
         return
     _announced.add(news)
     if choice.tier is Tier.REFERENCE:
-        warnings.warn(f"{choice.describe()}; it is correct but slow", stacklevel=4)
+        warnings.warn(f"{choice.describe()}; it is correct but slow", stacklevel=5)
     elif not logger.isEnabledFor(logging.INFO):
         pass  # whether it is stale takes long to find out
     elif p.operation not in CALL_OPERATIONS or (

@@ -83,6 +83,7 @@ def forget_files() -> None:
     """Read the files again when they are next asked for."""
     _files.cache_clear()
     _of_layer.cache_clear()
+    tuned_batches.cache_clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +146,18 @@ def evidence(problem: Problem, within: float = math.inf) -> Iterator[tuple[float
             if distance > within:
                 break
             yield distance, found
+
+
+@lru_cache(maxsize=1024)
+def tuned_batches(layer: Layer, environment: str | None) -> tuple[int, ...]:
+    """Batches that entries of a layer's very sizes were measured at, on any device, in order.
+
+    Args:
+        layer: sizes, operation and device.
+        environment: what ``LMKAN_GEN_TUNING`` says.
+    """
+    groups = _of_layer(layer, environment)
+    return tuple(sorted({found.batch for group in groups for found in group if found.apart == 0}))
 
 
 @lru_cache(maxsize=1024)

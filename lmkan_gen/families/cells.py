@@ -359,7 +359,8 @@ class Walk:
             first_steps.append(Launch("lmkan_pack_table", ("table", "packed", *sizes), grid, 256))
         size = (batch,) if layer.is_plain else ()
         samples_per_block = self.segment * self.segments
-        parts = product(range(0, batch, slab), range(0, shape.pairs, division.pairs), range(0, padded, width))
+        slabs = [slab * k for k in range(-(-batch // slab))]
+        parts = product(slabs, range(0, shape.pairs, division.pairs), range(0, padded, width))
         for first, first_pair, first_out in parts:
             count, pairs = min(slab, batch - first), min(division.pairs, shape.pairs - first_pair)
             chunks = -(-count // chunk)

@@ -343,7 +343,8 @@ class OutputStationary(Family):
         sizes = (shape.batch, shape.pairs, shape.outputs)
         # a column of samples is the least that a block works on
         columns = -(-shape.batch // threads) * tiles
-        blocks = min(_blocks(problem, parameters), columns)
+        # a plain number: how it divides is not arithmetic that can be traced
+        blocks = int(min(_blocks(problem, parameters), columns))
         # where that divides the blocks, each stays at its tile until all are through with it
         wanted = min(int(parameters["together"]), tiles, blocks)
         divisors = (t for t in range(1, blocks + 1) if blocks % t == 0)

@@ -127,11 +127,11 @@ def _steps(spec: KernelSpec, plan: LaunchPlan, path: Path, index: int) -> Iterat
     nothing of it. What zeroes does not wait, so it keeps its turn where the buffer has been touched before.
     """
     closely = _follows_closely(spec)
-    touched: set[Argument] = set()
+    touched: set[str] = set()
     for k, step in enumerate(plan.steps):
         if isinstance(step, Launch):
             yield _start(step, step.arguments, path, index, closely and k > 0)
-            touched.update(step.arguments)
+            touched.update(a for a in step.arguments if isinstance(a, str))
             continue
         if closely:
             blocks = 2 * _multiprocessors(index)
@@ -192,9 +192,9 @@ def _start(
 ) -> Start:
     function, address = _function(path, index, step.kernel)
     known = (path, index, step.kernel)
-    if step.shared_memory > _allowed.get(known, 0):
+    if (needed := int(step.shared_memory)) > _allowed.get(known, 0):
         _allow(function, step)
-        _allowed[known] = step.shared_memory
+        _allowed[known] = needed
     return Start(function, step, arguments, closely, address)
 
 

@@ -3,7 +3,8 @@
 The library (``templates/launcher.cpp.j2``) is compiled on demand, as kernels are. Once it is there, operators
 on CPUs and GPUs go to it. What it does not know it asks of `lmkan_gen.launch.service.Service`:
 
-- a call that has not been prepared: kernels are chosen and loaded, and the plan is handed over as numbers;
+- a call that has not been prepared: kernels are chosen and loaded, and the plan is handed over as numbers,
+  with the arithmetic by which they follow from the batch (`lmkan_gen.tracing`): other batches need not ask;
 - a form of a table that stays as it is: made, and kept for as long as the table lives;
 - a call that it does not serve, in float64 or with arguments that do not belong together: the operator's
   Python implementation computes it, or raises.
@@ -25,6 +26,7 @@ import torch
 from lmkan_gen.call import Call
 from lmkan_gen.plan import KernelSpec, LaunchPlan
 from lmkan_gen.problem import TableDtype
+from lmkan_gen.tracing import Trace
 
 if TYPE_CHECKING:
     from lmkan_gen.launch.service import Service
@@ -49,10 +51,33 @@ class Part:
     starts: Sequence[Any]
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How plans follow from the batch.
+
+    Attributes:
+        batches: that kernels were chosen for.
+        trace: what `parts` are made of; it knows for which of these batches it does not speak.
+        parts: as those of `Prepared`, with traced numbers.
+    """
+
+    batches: range
+    trace: Trace
+    parts: Sequence[Part]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a call launches, and what it would launch for other batches where that is arithmetic."""
+
+    parts: Sequence[Part]
+    recipe: Recipe | None
+
+
 class Prepare(Protocol):
     """Chooses kernels for a call; None where plain torch runs."""
 
-    def __call__(self, call: Call) -> Sequence[Part] | None: ...
+    def __call__(self, call: Call) -> Prepared | None: ...
 
 
 #: what computes an operator in Python
@@ -89,6 +114,11 @@ def start(device: torch.device, prepare: Prepare) -> None:
 def is_serving(kind: str) -> bool:
     """Whether the library launches on ``cpu`` or ``cuda``."""
     return _service is not None and kind in _service.served
+
+
+def by_recipe() -> list[Call]:
+    """The calls that the library knows without having asked, oldest first."""
+    return _service.by_recipe() if _service is not None and _service.library is not None else []
 
 
 def forget() -> None:

@@ -6,8 +6,10 @@ import ctypes
 import os
 import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,11 +18,12 @@ from torch import Tensor
 from lmkan_gen import forms, packing, toolchain
 from lmkan_gen.call import Call
 from lmkan_gen.families import Demand
-from lmkan_gen.launch.native import VARIABLE, Part, Prepare, implementations, raised
+from lmkan_gen.launch.native import VARIABLE, Part, Prepare, Recipe, implementations, raised
 from lmkan_gen.packing import RoundedTable
 from lmkan_gen.plan import Fill, KernelSpec, Stride, TensorMap
 from lmkan_gen.problem import LayerShape, Operation, TableDtype
 from lmkan_gen.toolchain import host
+from lmkan_gen.tracing import Traced, UntraceableError, plain
 
 #: the library
 SPEC = KernelSpec("launcher.cpp.j2", host.TORCH, ())
@@ -31,6 +34,7 @@ _BUFFERS = ("x", "table", "borders", "y", "grad", "grad_x", "grad_table")
 _OPERATORS = ("forward", "backward", "frozen_forward", "frozen_grad_input")
 _NUMBER, _ADDRESS, _STRIDE, _SIZE, _MAP = range(5)
 _MAX_BUFFERS, _MAX_ARGUMENTS, _MAX_MAPS = 32, 31, 4
+_CALL_NUMBERS = 12
 
 
 _Prepare = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p)
@@ -86,9 +90,12 @@ class Service:
         library = ctypes.CDLL(str(toolchain.binary(SPEC).path))
         library.lmkan_ready.restype = ctypes.c_char_p
         library.lmkan_version.restype = ctypes.c_int64
-        library.lmkan_add.restype = None
+        library.lmkan_add.restype = library.lmkan_learn.restype = None
+        library.lmkan_by_recipe.restype = ctypes.c_int64
         library.lmkan_version.argtypes = [ctypes.c_void_p]
-        library.lmkan_add.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        library.lmkan_add.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        library.lmkan_learn.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        library.lmkan_by_recipe.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         library.lmkan_forget_table.argtypes = [ctypes.c_int64]
         library.lmkan_register.argtypes = [ctypes.c_bool]
         if (missing := library.lmkan_ready(ctypes.byref(self._with_cuda))) is not None:
@@ -114,21 +121,59 @@ class Service:
         try:
             if os.environ.get(VARIABLE) == "python":
                 return 0
+            assert self.library is not None
             call = _call(numbers)
-            parts = self._prepare(call) or ()
-            written = [_written(part, call) for part in parts]
-            if any(one is None for one in written):
+            prepared = self._prepare(call)
+            written = self._all_written(prepared.parts, call) if prepared else None
+            if prepared is None or written is None:
                 return 0
-            for part, one in zip(parts, written, strict=True):
-                assert one is not None
-                assert self.library is not None
-                numbers = [self._arrangement(one.forms, part.table), *one.numbers]
-                values = (ctypes.c_int64 * len(numbers))(*numbers)
-                names = (ctypes.c_char_p * len(one.names))(*(n.encode() for n in one.names))
-                self.library.lmkan_add(plans, values, names)
+            for one in written:
+                self.library.lmkan_add(plans, _array(one.numbers), _texts(one.names), len(one.names))
+            if prepared.recipe is not None:
+                self._teach(prepared.recipe, call, numbers)
         except BaseException as error:
             return _keep(error)
         return 0
+
+    def _all_written(self, parts: Sequence[Part], call: Call) -> list[_Written] | None:
+        """The plans of a call, each headed by the place of what it reads; None if one of them is too long."""
+        written = []
+        for part in parts:
+            one = _written(part, call)
+            if one is None:
+                return None
+            one.numbers.insert(0, self._arrangement(one.forms, part.table))
+            written.append(one)
+        return written
+
+    def _teach(self, recipe: Recipe, call: Call, numbers: Any) -> None:
+        """Tell the library how the plans of a call follow from its batch."""
+        assert self.library is not None
+        try:
+            written = self._all_written(recipe.parts, call)
+        except UntraceableError:
+            return
+        if written is None:
+            return
+        trace = recipe.trace
+        told: list[int | Traced] = [recipe.batches.start, recipe.batches.stop - 1]
+        told += [len(trace.steps), *chain.from_iterable(trace.steps)]
+        told += [len(trace.guards), *chain.from_iterable(trace.guards.items()), len(written)]
+        names = []
+        for one in written:
+            holes = [(i, n.place) for i, n in enumerate(one.numbers) if isinstance(n, Traced)]
+            told += [len(one.numbers), *one.numbers]
+            told += [len(holes), *chain.from_iterable(holes), len(one.names)]
+            names += one.names
+        self.library.lmkan_learn(numbers, _array(told), _texts(names))
+
+    def by_recipe(self) -> list[Call]:
+        """The calls that the library knows without having asked, oldest first."""
+        assert self.library is not None
+        count = self.library.lmkan_by_recipe(None, 0)
+        numbers = (ctypes.c_int64 * (_CALL_NUMBERS * count))()
+        count = min(count, self.library.lmkan_by_recipe(numbers, count))
+        return [_call(numbers[_CALL_NUMBERS * i : _CALL_NUMBERS * (i + 1)]) for i in range(count)]
 
     def _arrangement(self, forms: tuple[str, ...], table: TableDtype) -> int:
         """The place of what a plan reads; a layer's plans for all batches share few."""
@@ -192,6 +237,14 @@ class Service:
         return 0
 
 
+def _array(numbers: Sequence[int | Traced]) -> Any:
+    return (ctypes.c_int64 * len(numbers))(*map(plain, numbers))
+
+
+def _texts(texts: Sequence[str]) -> Any:
+    return (ctypes.c_char_p * len(texts))(*(text.encode() for text in texts))
+
+
 def _call(numbers: Any) -> Call:
     operation, inputs, outputs, grids, batch, on_cuda, index, tile, block, fast, table, flags = numbers[0:12]
     return Call(
@@ -220,7 +273,7 @@ def _arguments(name: str, tensors: list[Tensor | None], numbers: Any, text: str)
 class _Written:
     """A plan as the library reads it."""
 
-    numbers: list[int]
+    numbers: list[int | Traced]
     names: list[str]
     forms: tuple[str, ...]
 
@@ -236,7 +289,7 @@ def _written(part: Part, call: Call) -> _Written | None:
     if len(places) > _MAX_BUFFERS or len(maps) > _MAX_MAPS:
         return None
     dense = plan.buffers - {s.buffer for s in plan.strides}
-    numbers = [0 if name in dense else 1 for name in ("x", "grad", "grad_x")]
+    numbers: list[int | Traced] = [0 if name in dense else 1 for name in ("x", "grad", "grad_x")]
     numbers += [len(made), len(plan.workspaces), *[w.bytes for w in plan.workspaces], len(maps)]
     for tensor_map in maps:
         numbers += [places[tensor_map.buffer], len(tensor_map.sizes), *tensor_map.sizes, *tensor_map.box]
@@ -253,7 +306,7 @@ def _written(part: Part, call: Call) -> _Written | None:
         numbers += [0, step.closely, 0, step.address, *launch.grid, launch.block, launch.shared_memory]
         numbers.append(len(arguments))
         for argument in arguments:
-            if isinstance(argument, int):
+            if isinstance(argument, int | Traced):
                 numbers += (_NUMBER, argument, 0)
             elif isinstance(argument, str):  # some names know more than their letters
                 numbers += (_ADDRESS, places[argument], 0)
