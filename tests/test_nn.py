@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lmkan_gen import LMKAN2DLayer, dispatch, reference
 from lmkan_gen.nn import (
     LMKANMLP,
+    BatchLastNorm,
     LMKANBlock,
     LMKANConv2d,
     LMKANLinear,
@@ -262,3 +263,26 @@ def test_images_that_do_not_fit_are_refused() -> None:
         layer(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="smaller than one patch"):
         layer(torch.zeros(1, 2, 2, 8))
+
+
+def test_batch_norm_in_eval_mode_is_what_its_module_computes() -> None:
+    norm = BatchLastNorm(5)
+    norm(3 * torch.randn(5, 100) + 1)
+    norm.eval()
+    x = torch.randn(5, 7, requires_grad=True)
+    y, expected = norm(x), norm.norm(x.unsqueeze(0)).squeeze(0)
+    assert torch.equal(y, expected)
+    grad = torch.randn(5, 7)
+    assert torch.equal(*(torch.autograd.grad(out, x, grad)[0] for out in (y, expected)))
+    for wrong in (torch.randn(4, 7), torch.randn(5, 7, 2)):
+        with pytest.raises((ValueError, RuntimeError)):
+            norm(wrong)
+    seen = []
+    handle = norm.norm.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    assert torch.equal(norm(x), y)
+    assert seen == [(1, 5, 7)]
+    handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(0))
+    norm(x)
+    handle.remove()
+    assert len(seen) == 3

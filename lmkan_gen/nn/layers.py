@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 from lmkan_gen.layer import LMKAN2DLayer, check_dtype
 from lmkan_gen.layout import BatchLastModule
@@ -78,7 +79,8 @@ class LMKANLinear(BatchLastModule):
 
     def batch_last(self, x: Tensor) -> Tensor:
         """``[input_dim, batch]`` -> ``[output_dim, batch]``."""
-        y: Tensor = self.layer(x)
+        # looked up where torch keeps it: `__getattr__` takes as long as a call of a module
+        y: Tensor = self._modules["layer"](x)  # type: ignore[misc]
         return y
 
 
@@ -187,8 +189,30 @@ class BatchLastNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each row of ``x`` ``[features, batch]``."""
-        y: Tensor = self.norm(x.unsqueeze(0)).squeeze(0)  # statistics over the last axis
-        return y
+        rows = x.unsqueeze(0)  # statistics over the last axis
+        norm = self._modules["norm"]
+        assert norm is not None
+        plain = type(x) is Tensor and x.dim() == 2 and not torch.compiler.is_compiling()
+        if plain and _only_normalizes(norm):
+            # what the module would call, in half of its time
+            known = norm._buffers
+            y = torch.batch_norm(
+                rows, None, None, known["running_mean"], known["running_var"], False, 0.0, norm.eps, True
+            )
+        else:
+            y = norm(rows)
+        return y.squeeze(0)
+
+
+def _only_normalizes(norm: nn.Module) -> TypeGuard[nn.BatchNorm1d]:
+    """Whether a call of the module comes to a normalisation with statistics that stay as they are."""
+    return (
+        type(norm) is nn.BatchNorm1d
+        and not norm.training
+        and norm.track_running_stats
+        and not (norm.affine or norm._forward_hooks or norm._forward_pre_hooks)
+        and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+    )
 
 
 class LMKANBlock(BatchLastModule):
