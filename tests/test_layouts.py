@@ -138,10 +138,15 @@ def test_cuda_kernel_in_emulation(
 
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
-@pytest.mark.parametrize("operation", [Operation.FORWARD, Operation.GRAD_INPUT, Operation.GRAD_TABLE])
-@pytest.mark.parametrize("name", ["row_vector", "pair_vector"])
-def test_cpu_kernel(name: str, operation: Operation, layout: str) -> None:
-    kind = family(name)
+@pytest.mark.parametrize(
+    ("kind", "operation"),
+    [
+        pytest.param(kind, operation, id=f"{kind.name}-{operation}")
+        for operation in (Operation.FORWARD, Operation.GRAD_INPUT, Operation.GRAD_TABLE)
+        for kind in families("cpu", operation)
+    ],
+)
+def test_cpu_kernel(kind: Family, operation: Operation, layout: str) -> None:
     for inputs, outputs, batch in ((1, 1, 1), (7, 5, 40), (33, 19, 300), (34, 70, 129)):
         problem = Problem(
             operation, LayerShape(inputs, outputs, 7, batch), devices.cpu(), strided=layout != "batch_last"
