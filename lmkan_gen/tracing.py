@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, NoReturn, SupportsIndex
 
-#: operations by their number, as ``templates/launcher.cpp.j2`` knows them
+#: operations by their number, as ``templates/run_plan.h.j2`` knows them
 BATCH, CONSTANT, ADD, SUBTRACT, MULTIPLY, FLOOR_DIVIDE, REMAINDER, LESS, LESS_OR_EQUAL, EQUAL = range(10)
 _FUNCTIONS: dict[int, Callable[[Any, Any], int]] = {
     ADD: operator.add,

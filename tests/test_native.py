@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from lmkan_gen import LMKAN2DLayer, dispatch, knots, lmkan, set_workspace_limit
-from lmkan_gen.call import Call
 from lmkan_gen.device import cpu, models
 from lmkan_gen.families import families
-from lmkan_gen.launch import native, service
+from lmkan_gen.launch import native, numbers
 from lmkan_gen.launch.cuda import Start
 from lmkan_gen.nn import LMKANMLP, lmkan_layers
 from lmkan_gen.plan import Fill
@@ -342,10 +341,9 @@ def test_plans_of_every_family_can_be_written(
             continue
         plan, spec = family.plan(problem, parameters), family.spec(problem, parameters)
         starts = [s if isinstance(s, Fill) else Start(None, s, s.arguments, False, 1) for s in plan.steps]
-        call = Call(operation, shape, torch.device(kind), table=table, constant=constant, strided=True)
-        written = service._written(native.Part(spec, plan, table, starts), call)
+        written = numbers.write(native.Part(spec, plan, table, starts), table is not TableDtype.FLOAT32)
         assert written is not None, family.name
-        forms = {b for b in plan.buffers if b not in service._BUFFERS}
+        forms = {b for b in plan.buffers if b not in numbers.BUFFERS}
         if table is not TableDtype.FLOAT32 and "table" in plan.buffers:
             forms.add("table")
         assert set(written.forms) == forms

@@ -16,7 +16,7 @@ from lmkan_gen import LMKAN2DLayer, dispatch, selection
 from lmkan_gen.call import Call
 from lmkan_gen.device import Device, models
 from lmkan_gen.families import Family, Parameters, families
-from lmkan_gen.launch import cpu, cuda, native, service
+from lmkan_gen.launch import cpu, cuda, native, numbers
 from lmkan_gen.plan import KernelSpec
 from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.tracing import Trace, Traced, UntraceableError, plain
@@ -41,14 +41,8 @@ def starts(spec: KernelSpec, plan: Any) -> Sequence[Any]:
 
 def written(asked: Problem, family: Family, parameters: Parameters) -> Any:
     plan, spec = family.plan(asked, parameters), family.spec(asked, parameters)
-    call = Call(
-        asked.operation,
-        asked.shape,
-        torch.device(asked.device.kind),
-        table=asked.table,
-        constant=asked.constant,
-    )
-    return service._written(native.Part(spec, plan, asked.table, starts(spec, plan)), call)
+    part = native.Part(spec, plan, asked.table, starts(spec, plan))
+    return numbers.write(part, asked.table is not TableDtype.FLOAT32)
 
 
 def with_batch(asked: Problem, batch: Any) -> Problem:

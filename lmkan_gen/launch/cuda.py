@@ -1,14 +1,14 @@
 """Runs launch plans on CUDA through the driver API, on torch's current stream and memory.
 
 From sm_90 on kernels follow each other closely: see the head of ``templates/launches.cuh.j2`` for what they
-promise, and `_steps` for who is launched so.
+promise, and `in_order` for who is launched so.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -33,7 +33,7 @@ class Start:
     """A kernel of the device, and what it is started with.
 
     Attributes:
-        function: the driver's handle.
+        function: the driver's handle; None: not loaded.
         launch: grid, block, shared memory, and the kernel's name.
         arguments: in the kernel's order.
         closely: whether it may start before its turn.
@@ -120,27 +120,37 @@ def _path(spec: KernelSpec) -> Path:
     return toolchain.binary(spec).path
 
 
-def _steps(spec: KernelSpec, plan: LaunchPlan, path: Path, index: int) -> Iterator[Start | Fill]:
-    """The plan's steps as the device knows them.
+def in_order(spec: KernelSpec, plan: LaunchPlan, multiprocessors: int) -> Iterator[Start | Fill]:
+    """The plan's steps as devices of an architecture know them; kernels have no functions yet.
 
     All kernels but the first may start before the one ahead has ended. The first follows kernels that know
     nothing of it. What zeroes does not wait, so it keeps its turn where the buffer has been touched before.
+
+    Args:
+        spec: whose kernels they are.
+        plan: the plan.
+        multiprocessors: how many the device has.
     """
     closely = _follows_closely(spec)
     touched: set[str] = set()
     for k, step in enumerate(plan.steps):
         if isinstance(step, Launch):
-            yield _start(step, step.arguments, path, index, closely and k > 0)
+            yield Start(None, step, step.arguments, closely and k > 0)
             touched.update(a for a in step.arguments if isinstance(a, str))
             continue
         if closely:
-            blocks = 2 * _multiprocessors(index)
-            zero = Launch(_ZERO, (), (blocks, 1, 1), _ZERO_THREADS)
+            zero = Launch(_ZERO, (), (2 * multiprocessors, 1, 1), _ZERO_THREADS)
             arguments = (step.buffer, Size(step.buffer))
-            yield _start(zero, arguments, path, index, k > 0 and step.buffer not in touched)
+            yield Start(None, zero, arguments, k > 0 and step.buffer not in touched)
         else:
             yield step
         touched.add(step.buffer)
+
+
+def _steps(spec: KernelSpec, plan: LaunchPlan, path: Path, index: int) -> Iterator[Start | Fill]:
+    """`in_order`, with the functions of a device."""
+    for step in in_order(spec, plan, _multiprocessors(index)):
+        yield step if isinstance(step, Fill) else _loaded(step, path, index)
 
 
 @cache
@@ -187,15 +197,15 @@ def _memset(buffer: str) -> _Step:
     return zero
 
 
-def _start(
-    step: Launch, arguments: tuple[Argument | Size, ...], path: Path, index: int, closely: bool
-) -> Start:
-    function, address = _function(path, index, step.kernel)
-    known = (path, index, step.kernel)
-    if (needed := int(step.shared_memory)) > _allowed.get(known, 0):
-        _allow(function, step)
+def _loaded(start: Start, path: Path, index: int) -> Start:
+    """A start with the device's function."""
+    launch = start.launch
+    function, address = _function(path, index, launch.kernel)
+    known = (path, index, launch.kernel)
+    if (needed := int(launch.shared_memory)) > _allowed.get(known, 0):
+        _allow(function, launch)
         _allowed[known] = needed
-    return Start(function, step, arguments, closely, address)
+    return replace(start, function=function, address=address)
 
 
 #: bytes of dynamic shared memory that kernels may have: the most that one of their plans starts them with

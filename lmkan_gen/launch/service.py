@@ -7,9 +7,6 @@ import os
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,21 +16,19 @@ from lmkan_gen import forms, packing, toolchain
 from lmkan_gen.call import Call
 from lmkan_gen.families import Demand
 from lmkan_gen.launch.native import VARIABLE, Part, Prepare, Recipe, implementations, raised
+from lmkan_gen.launch.numbers import Written, write, write_recipe
 from lmkan_gen.packing import RoundedTable
-from lmkan_gen.plan import Fill, KernelSpec, Stride, TensorMap
+from lmkan_gen.plan import KernelSpec
 from lmkan_gen.problem import LayerShape, Operation, TableDtype
 from lmkan_gen.toolchain import host
 from lmkan_gen.tracing import Traced, UntraceableError, plain
 
 #: the library
 SPEC = KernelSpec("launcher.cpp.j2", host.TORCH, ())
-#: what the library calls operations, element types and buffers, by their places
+#: what the library calls operations, element types and operators, by their places
 _OPERATIONS = (Operation.FORWARD, Operation.GRAD_INPUT, Operation.GRAD_TABLE, Operation.BACKWARD)
 _DTYPES = (TableDtype.FLOAT32, TableDtype.FLOAT16, TableDtype.BFLOAT16, TableDtype.INT8)
-_BUFFERS = ("x", "table", "borders", "y", "grad", "grad_x", "grad_table")
 _OPERATORS = ("forward", "backward", "frozen_forward", "frozen_grad_input")
-_NUMBER, _ADDRESS, _STRIDE, _SIZE, _MAP = range(5)
-_MAX_BUFFERS, _MAX_ARGUMENTS, _MAX_MAPS = 32, 31, 4
 _CALL_NUMBERS = 12
 
 
@@ -135,12 +130,13 @@ class Service:
             return _keep(error)
         return 0
 
-    def _all_written(self, parts: Sequence[Part], call: Call) -> list[_Written] | None:
-        """The plans of a call, each headed by the place of what it reads; None if one of them is too long."""
+    def _all_written(self, parts: Sequence[Part], call: Call) -> list[Written] | None:
+        """The plans of a call, each headed by the place of what it reads; None: one cannot be run there."""
+        kept = call.table is not TableDtype.FLOAT32
         written = []
         for part in parts:
-            one = _written(part, call)
-            if one is None:
+            one = write(part, kept)
+            if one is None or (one.forms and not kept and not call.constant):
                 return None
             one.numbers.insert(0, self._arrangement(one.forms, part.table))
             written.append(one)
@@ -155,17 +151,8 @@ class Service:
             return
         if written is None:
             return
-        trace = recipe.trace
-        told: list[int | Traced] = [recipe.batches.start, recipe.batches.stop - 1]
-        told += [len(trace.steps), *chain.from_iterable(trace.steps)]
-        told += [len(trace.guards), *chain.from_iterable(trace.guards.items()), len(written)]
-        names = []
-        for one in written:
-            holes = [(i, n.place) for i, n in enumerate(one.numbers) if isinstance(n, Traced)]
-            told += [len(one.numbers), *one.numbers]
-            told += [len(holes), *chain.from_iterable(holes), len(one.names)]
-            names += one.names
-        self.library.lmkan_learn(numbers, _array(told), _texts(names))
+        names = [name for one in written for name in one.names]
+        self.library.lmkan_learn(numbers, _array(write_recipe(recipe, written)), _texts(names))
 
     def by_recipe(self) -> list[Call]:
         """The calls that the library knows without having asked, oldest first."""
@@ -267,76 +254,6 @@ def _arguments(name: str, tensors: list[Tensor | None], numbers: Any, text: str)
         needs = (bool(numbers[0]), bool(numbers[1]))
         return [*tensors[:4], *needs, numbers[2], numbers[3], bool(numbers[4]), text, tensors[4]]
     return list(tensors)
-
-
-@dataclass(frozen=True)
-class _Written:
-    """A plan as the library reads it."""
-
-    numbers: list[int | Traced]
-    names: list[str]
-    forms: tuple[str, ...]
-
-
-def _written(part: Part, call: Call) -> _Written | None:
-    """``part`` in the library's order of numbers; None if it is more than the library has room for."""
-    plan = part.plan
-    kept = call.table is not TableDtype.FLOAT32
-    places, made = _places(plan.buffers, tuple([w.name for w in plan.workspaces]), kept)
-    if made and not kept and not call.constant:
-        return None
-    maps = sorted(plan.tensor_maps, key=repr) if plan.tensor_maps else []
-    if len(places) > _MAX_BUFFERS or len(maps) > _MAX_MAPS:
-        return None
-    dense = plan.buffers - {s.buffer for s in plan.strides}
-    numbers: list[int | Traced] = [0 if name in dense else 1 for name in ("x", "grad", "grad_x")]
-    numbers += [len(made), len(plan.workspaces), *[w.bytes for w in plan.workspaces], len(maps)]
-    for tensor_map in maps:
-        numbers += [places[tensor_map.buffer], len(tensor_map.sizes), *tensor_map.sizes, *tensor_map.box]
-    numbers.append(len(part.starts))
-    names = []
-    for step in part.starts:
-        if isinstance(step, Fill):
-            numbers += [1, 0, places[step.buffer], 0, 0, 0, 0, 0, 0, 0]
-            names.append(step.buffer)
-            continue
-        arguments, launch = step.arguments, step.launch
-        if len(arguments) > _MAX_ARGUMENTS:
-            return None
-        numbers += [0, step.closely, 0, step.address, *launch.grid, launch.block, launch.shared_memory]
-        numbers.append(len(arguments))
-        for argument in arguments:
-            if isinstance(argument, int | Traced):
-                numbers += (_NUMBER, argument, 0)
-            elif isinstance(argument, str):  # some names know more than their letters
-                numbers += (_ADDRESS, places[argument], 0)
-            elif isinstance(argument, Stride):
-                numbers += (_STRIDE, places[argument.buffer], argument.axis)
-            elif isinstance(argument, TensorMap):
-                numbers += (_MAP, maps.index(argument), 0)
-            else:
-                numbers += (_SIZE, places[argument.buffer], 0)
-        names.append(launch.kernel)
-    return _Written(numbers, names, made)
-
-
-@cache
-def _places(
-    buffers: frozenset[str], workspaces: tuple[str, ...], kept: bool
-) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Where the library has the buffers of a plan, and which of them are forms of the table.
-
-    Args:
-        buffers: of the plan.
-        workspaces: of the plan.
-        kept: whether the table is narrow, so that ``table`` is a form of it: plans mean one in float32.
-    """
-    known = set(_BUFFERS) - {"table"} if kept else set(_BUFFERS)
-    made = tuple(sorted(buffers - known))
-    places = {name: i for i, name in enumerate(_BUFFERS)}
-    places |= {name: len(_BUFFERS) + i for i, name in enumerate(made)}
-    places |= {name: len(_BUFFERS) + len(made) + i for i, name in enumerate(workspaces)}
-    return places, made
 
 
 def _keep(error: BaseException) -> int:
