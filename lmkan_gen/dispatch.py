@@ -8,10 +8,9 @@ environment makes it run always; it is read at every call.
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -26,16 +25,13 @@ from lmkan_gen import hessian_reference, packing, reference
 from lmkan_gen.call import Call
 from lmkan_gen.families import Demand, family
 from lmkan_gen.forms import Forms
-from lmkan_gen.launch import native
+from lmkan_gen.launch import native, recipes
 from lmkan_gen.packing import RoundedTable
 from lmkan_gen.plan import KernelSpec, LaunchPlan
 from lmkan_gen.problem import DEFAULT_WORKSPACE, LayerShape, Operation, Problem, TableDtype
-from lmkan_gen.tracing import Trace, UntraceableError
 
 if TYPE_CHECKING:
     from lmkan_gen.selection import Choice
-
-logger = logging.getLogger("lmkan_gen")
 
 DISABLE_VARIABLE = "LMKAN_GEN_DISABLE_KERNELS"
 WORKSPACE_VARIABLE = "LMKAN_GEN_WORKSPACE"
@@ -158,34 +154,15 @@ def _for_native(call: Call) -> native.Prepared | None:
     parts = [part for part in found.parts if part is not None]
     if len(parts) < len(found.parts):
         return None
-    return native.Prepared(parts, None if _is_recording else _recipe(call, found.records, parts))
-
-
-def _recipe(call: Call, records: Sequence[Used], parts: Sequence[native.Part]) -> native.Recipe | None:
-    """How the plans of a call follow from its batch; None where that is more than arithmetic."""
-    from lmkan_gen import selection
-
-    batches, _ = selection.batches_alike(_problem(call))
-    if len(batches) == 1:
-        return None
-    trace = Trace(call.shape.batch)
-    traced = []
-    try:
-        # typed as an integer, which it stands for
-        shape = replace(call.shape, batch=trace.batch)  # type: ignore[arg-type]
-        for record, part in zip(records, parts, strict=True):
-            assert record.choice.family is not None
-            problem, chosen = record.choice.problem.layer.of(shape), family(record.choice.family)
-            if chosen.violations(problem, record.choice.parameters):
-                return None
-            plan = chosen.plan(problem, record.choice.parameters)
-            starts = _launcher(part.spec).starts(part.spec, plan, call.device)
-            traced.append(native.Part(part.spec, plan, part.table, starts))
-    # TypeError: of a family that computes otherwise than traced numbers do
-    except (UntraceableError, TypeError) as error:
-        logger.debug("every batch of %s is planned for in Python: %s", call, error)
-        return None
-    return native.Recipe(batches, trace, traced)
+    if _is_recording:
+        return native.Prepared(parts, None)
+    choices = [record.choice for record in found.records]
+    return native.Prepared(
+        parts,
+        recipes.traced(
+            _problem(call), choices, lambda spec, plan: _launcher(spec).starts(spec, plan, call.device)
+        ),
+    )
 
 
 def explain(call: Call) -> list[Choice]:
