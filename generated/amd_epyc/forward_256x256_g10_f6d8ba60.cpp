@@ -1,5 +1,5 @@
-// lmKAN layer, grad_input with float32 tables, on CPU: 26 cells per axis, 16 floats per SIMD register
-// and all outputs in one row.
+// lmKAN layer, forward with float32 tables, on CPU: 10 cells per axis, 16 floats per SIMD register
+// and 64 outputs per tile.
 //
 // The parameters of one grid knot are a row over outputs, so that a sample's four corner rows
 // are read with full SIMD registers and without gathers.
@@ -23,7 +23,7 @@
 
 namespace {
 
-constexpr int64_t G = 26;
+constexpr int64_t G = 10;
 constexpr int64_t KNOTS = (G + 1) * (G + 1);
 constexpr int64_t LANES = 16;
 constexpr int64_t BLOCK = 16;  // edge of the squares that transposes go through: one cache line
@@ -196,11 +196,13 @@ struct Grid {
 #else
 static int omp_get_thread_num() { return 0; }
 #endif
-// Rows of float32 parameters, read as float32.
+// Rows of float32 parameters, read as float32. They start at multiples of 16 bytes: constants of AOTInductor
+// packages do at no others. Where it is one of a register's size, reading costs no more than if it had to be.
 
 namespace {
 
-inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+typedef float AnywhereVector __attribute__((vector_size(4 * LANES), may_alias, aligned(16)));
+inline Vector load(const float* from) { return *reinterpret_cast<const AnywhereVector*>(from); }
 
 typedef float Element;
 // What parameters from some output on are to be multiplied by: [ceil(pairs / SCALE_PAIRS), pitch] for int8, else 1.
@@ -211,6 +213,9 @@ struct Scales {
 }  // namespace
 
 namespace {
+
+constexpr int64_t TILE = 64;
+constexpr int64_t VECTORS = TILE / LANES;
 
 constexpr int64_t CHUNK = 1024;  // samples located at a time
 constexpr int64_t STAGED = 128;  // the same where they are first laid out next to each other
@@ -237,52 +242,41 @@ std::unique_ptr<float, Free> scratch(int64_t threads, int64_t floats) {
         static_cast<float*>(std::aligned_alloc(4 * BLOCK, size_t(threads * floats) * sizeof(float))));
 }
 
-// the sum of each of LANES registers
-inline Vector sums_of(const Vector* registers) {
-    Vector part[LANES];
-    for (int64_t i = 0; i < LANES; ++i) part[i] = registers[i];
-    for (int64_t left = LANES / 2; left > 0; left /= 2)
-        for (int64_t i = 0; i < left; ++i)
-            part[i] = low(part[i], part[i + left]) + high(part[i], part[i + left]);
-    return part[0];
-}
-
-// The gradient of pair p's inputs for samples b0 to b1.
-template <typename Element>
-void differentiate(const Cells& at, const Element* rows, int64_t pitch, const float* grads, int64_t grad_pitch,
-                   int64_t vectors, const float* borders, int64_t p, int64_t b0, int64_t b1, int64_t batch,
-                   float* grad_x1, float* grad_x2, int64_t batch_stride) {
-    for (int64_t group = b0; group < b1; group += LANES) {
-        const int64_t present = std::min(LANES, b1 - group);
-        Vector along1[LANES] = {}, along2[LANES] = {}, mixed[LANES] = {};
-        for (int64_t s = 0; s < present; ++s) {
-            const Element* c00 = rows + at.knot[p * batch + group + s] * pitch;
-            const Element* c01 = c00 + pitch;
-            const Element* c10 = c00 + (G + 1) * pitch;
-            const Element* c11 = c10 + pitch;
-            const float* g = grads + (group + s) * grad_pitch;
-            // differences of corners first: on smooth functions they are small and exact
-            Vector sum1 = {}, sum2 = {}, sum12 = {};
-            for (int64_t v = 0; v < vectors; ++v) {
-                const Vector value = load(c00 + v * LANES), grad = load(g + v * LANES);
-                const Vector high2 = load(c01 + v * LANES);
-                const Vector low1 = load(c10 + v * LANES) - value;
-                sum1 += grad * low1;
-                sum2 += grad * (high2 - value);
-                sum12 += grad * ((load(c11 + v * LANES) - high2) - low1);
+// Add pairs p0 to p1 to the sums [samples, TILE] of ``vectors`` registers of outputs; ``rows`` begins at pair p0.
+template <int64_t N, typename Element>
+void blend(const Cells& at, const Element* rows, int64_t pair_stride, int64_t pitch, Scales scales, int64_t p0, int64_t p1,
+           int64_t first, int64_t samples, int64_t batch, float* sums, int64_t vectors) {
+    if (vectors >= N) {
+        for (int64_t b = 0; b < samples; ++b) {
+            Vector* stored = reinterpret_cast<Vector*>(sums + b * TILE);
+            Vector sum[N];
+            for (int64_t v = 0; v < N; ++v) sum[v] = stored[v];
+            for (int64_t p = p0; p < p1; ++p) {
+                const int64_t i = p * batch + first + b;
+                const float d1 = at.d1[i], d2 = at.d2[i];
+                const float w00 = (1.0f - d1) * (1.0f - d2), w01 = (1.0f - d1) * d2;
+                const float w10 = d1 * (1.0f - d2), w11 = d1 * d2;
+                const Element* c00 = rows + (p - p0) * pair_stride + at.knot[i] * pitch;
+                const Element* c01 = c00 + pitch;
+                const Element* c10 = c00 + (G + 1) * pitch;
+                const Element* c11 = c10 + pitch;
+                for (int64_t v = 0; v < N; ++v) {
+                    sum[v] += w00 * load(c00 + v * LANES);
+                    sum[v] += w01 * load(c01 + v * LANES);
+                    sum[v] += w10 * load(c10 + v * LANES);
+                    sum[v] += w11 * load(c11 + v * LANES);
+                }
             }
-            along1[s] = sum1;
-            along2[s] = sum2;
-            mixed[s] = sum12;
+            for (int64_t v = 0; v < N; ++v) stored[v] = sum[v];
         }
-        const Vector s1 = sums_of(along1), s2 = sums_of(along2), s12 = sums_of(mixed);
-        for (int64_t s = 0; s < present; ++s) {
-            const int64_t b = group + s, i = p * batch + b;
-            const float* g1 = borders + at.knot[i] / (G + 1);
-            const float* g2 = borders + at.knot[i] % (G + 1);
-            grad_x1[b * batch_stride] = (s1[s] + at.d2[i] * s12[s]) / (g1[1] - g1[0]);
-            if (grad_x2) grad_x2[b * batch_stride] = (s2[s] + at.d1[i] * s12[s]) / (g2[1] - g2[0]);
-        }
+        rows += N * LANES;
+        scales = scales.from(N * LANES);
+        sums += N * LANES;
+        vectors -= N;
+    }
+    if constexpr (N > 1) {
+        if (vectors > 0)
+            blend<N / 2>(at, rows, pair_stride, pitch, scales, p0, p1, first, samples, batch, sums, vectors);
     }
 }
 
@@ -353,49 +347,33 @@ extern "C" int pack_table(const float* table, float* packed, int64_t pairs, int6
     return 0;
 }
 
-// grad -> packed [batch, pitch], outputs padded with zeros to whole registers
-extern "C" int pack_grad(const float* grad, float* packed, int64_t outputs, int64_t batch, int64_t pitch,
-                         int64_t output_stride, int64_t batch_stride, int64_t threads) {
-    const int64_t padded = ceil_div(outputs, LANES) * LANES;
-    const int64_t chunks = ceil_div(batch, BLOCK);
-#pragma omp parallel for num_threads(workers(threads, outputs * batch)) schedule(static)
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t b = chunk * BLOCK, samples = std::min(BLOCK, batch - b);
-        const float* from = grad + b * batch_stride;
-        float* to = packed + b * pitch;
-        if (batch_stride == 1) {
-            transpose(from, output_stride, outputs, samples, to, pitch, padded);
-            continue;
-        }
-        for (int64_t s = 0; s < samples; ++s)
-            for (int64_t k = 0; k < padded; ++k)
-                to[s * pitch + k] = k < outputs ? from[k * output_stride + s * batch_stride] : 0.0f;
-    }
-    return 0;
-}
-
-extern "C" int grad_input(void* cells, const Element* rows, const float* grads, const float* borders,
-                          float* grad_x, int64_t inputs, int64_t outputs, int64_t pitch, int64_t batch,
-                          int64_t batch_tile, int64_t pairs_tile, int64_t input_stride, int64_t batch_stride,
-                          int64_t threads) {
-    const int64_t pairs = ceil_div(inputs, 2);
-    const int64_t vectors = ceil_div(outputs, LANES);
+extern "C" int forward(void* cells, const Element* rows, float* y, int64_t pairs,
+                       int64_t outputs, int64_t pitch, int64_t batch, int64_t batch_tile, int64_t pairs_tile, int64_t threads) {
+    const int64_t tiles = ceil_div(outputs, TILE);
     const int64_t chunks = ceil_div(batch, batch_tile);
-    const int64_t blocks = ceil_div(pairs, pairs_tile);
     const int64_t busy = workers(threads, 4 * pairs * outputs * batch);
     const Cells at(cells, pairs, batch);
+    const Scales scales{};
+    const int64_t widened = 0;
+    const auto memory = scratch(busy, batch_tile * TILE + widened);
+    if (!memory) return 1;
 #pragma omp parallel for collapse(2) num_threads(busy) schedule(dynamic)
-    for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            const int64_t p1 = std::min((block + 1) * pairs_tile, pairs);
-            const int64_t b0 = chunk * batch_tile, b1 = std::min(b0 + batch_tile, batch);
-            for (int64_t p = block * pairs_tile; p < p1; ++p) {
-                const Element* of_pair = rows + p * KNOTS * pitch;
-                float* grad_x1 = grad_x + 2 * p * input_stride;
-                float* grad_x2 = 2 * p + 1 < inputs ? grad_x1 + input_stride : nullptr;
-                differentiate(at, of_pair, pitch, grads, pitch, vectors, borders, p, b0, b1, batch, grad_x1,
-                              grad_x2, batch_stride);
+            const int64_t first = chunk * batch_tile;
+            const int64_t samples = std::min(batch_tile, batch - first);
+            const int64_t o = tile * TILE;
+            const int64_t vectors = std::min(VECTORS, ceil_div(outputs - o, LANES));
+            // sums [samples, TILE]; a few pairs at a time, whose rows stay in cache over all samples
+            float* sums = memory.get() + omp_get_thread_num() * (batch_tile * TILE + widened);
+            std::fill(sums, sums + samples * TILE, 0.0f);
+            for (int64_t p0 = 0; p0 < pairs; p0 += pairs_tile) {
+                const int64_t p1 = std::min(p0 + pairs_tile, pairs);
+                const Element* of_pairs = rows + p0 * KNOTS * pitch + o;
+                blend<VECTORS>(at, of_pairs, KNOTS * pitch, pitch, scales.from(o), p0, p1, first, samples, batch, sums,
+                               vectors);
             }
+            transpose(sums, TILE, samples, std::min(TILE, outputs - o), y + o * batch + first, batch, samples);
         }
     }
     return 0;

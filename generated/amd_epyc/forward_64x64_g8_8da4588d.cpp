@@ -1,5 +1,5 @@
-// lmKAN layer, forward with float32 tables, on CPU: 26 cells per axis, 16 floats per SIMD register
-// and 128 outputs per tile.
+// lmKAN layer, forward with float32 tables, on CPU: 8 cells per axis, 16 floats per SIMD register
+// and 32 outputs per tile.
 //
 // The parameters of one grid knot are a row over outputs, so that a sample's four corner rows
 // are read with full SIMD registers and without gathers.
@@ -23,7 +23,7 @@
 
 namespace {
 
-constexpr int64_t G = 26;
+constexpr int64_t G = 8;
 constexpr int64_t KNOTS = (G + 1) * (G + 1);
 constexpr int64_t LANES = 16;
 constexpr int64_t BLOCK = 16;  // edge of the squares that transposes go through: one cache line
@@ -196,11 +196,13 @@ struct Grid {
 #else
 static int omp_get_thread_num() { return 0; }
 #endif
-// Rows of float32 parameters, read as float32.
+// Rows of float32 parameters, read as float32. They start at multiples of 16 bytes: constants of AOTInductor
+// packages do at no others. Where it is one of a register's size, reading costs no more than if it had to be.
 
 namespace {
 
-inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+typedef float AnywhereVector __attribute__((vector_size(4 * LANES), may_alias, aligned(16)));
+inline Vector load(const float* from) { return *reinterpret_cast<const AnywhereVector*>(from); }
 
 typedef float Element;
 // What parameters from some output on are to be multiplied by: [ceil(pairs / SCALE_PAIRS), pitch] for int8, else 1.
@@ -212,7 +214,7 @@ struct Scales {
 
 namespace {
 
-constexpr int64_t TILE = 128;
+constexpr int64_t TILE = 32;
 constexpr int64_t VECTORS = TILE / LANES;
 
 constexpr int64_t CHUNK = 1024;  // samples located at a time

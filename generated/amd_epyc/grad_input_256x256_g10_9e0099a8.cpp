@@ -196,11 +196,13 @@ struct Grid {
 #else
 static int omp_get_thread_num() { return 0; }
 #endif
-// Rows of float32 parameters, read as float32.
+// Rows of float32 parameters, read as float32. They start at multiples of 16 bytes: constants of AOTInductor
+// packages do at no others. Where it is one of a register's size, reading costs no more than if it had to be.
 
 namespace {
 
-inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+typedef float AnywhereVector __attribute__((vector_size(4 * LANES), may_alias, aligned(16)));
+inline Vector load(const float* from) { return *reinterpret_cast<const AnywhereVector*>(from); }
 
 typedef float Element;
 // What parameters from some output on are to be multiplied by: [ceil(pairs / SCALE_PAIRS), pitch] for int8, else 1.
