@@ -5,6 +5,7 @@ Importing this touches neither CUDA nor a compiler; kernels are made when a laye
 
 from lmkan_gen.conversion import convert, fold, refine
 from lmkan_gen.decomposition import decompositions
+from lmkan_gen.deployment import deploy
 from lmkan_gen.dispatch import set_workspace_limit
 from lmkan_gen.flops import register_formulas
 from lmkan_gen.grid import knots
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "convert",
     "decompositions",
+    "deploy",
     "fold",
     "hessian_regularization",
     "knots",

@@ -121,6 +121,13 @@ def patches(x: Tensor, geometry: Geometry, slab: Slab | None = None) -> Tensor:
     return torch.stack(views, dim=1).flatten(0, 1).flatten(1)
 
 
+def by_images(y: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """``[batch, O, rows, columns]`` of what a layer makes, ``[O, ...]``, of all `patches` of ``x``."""
+    size = geometry.output_size(x.shape[2], x.shape[3])
+    images: Tensor = y.unflatten(1, (x.shape[0], *size)).transpose(0, 1)
+    return images
+
+
 class _Window(NamedTuple):
     """Pixels of an image's axis that a range of patches needs, and zeros to add before and after."""
 

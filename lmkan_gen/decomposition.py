@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
-from lmkan_gen.convolution import Geometry, patches
+from lmkan_gen.convolution import Geometry, by_images, patches
 from lmkan_gen.grid import sigma
 from lmkan_gen.operators import DECOMPOSITIONS
 from lmkan_gen.ops import own_dtype
@@ -58,19 +58,13 @@ def frozen_forward(x: Tensor, values: Tensor, scales: Tensor | None, borders: Te
 def convolve(x: Tensor, table: Tensor, borders: Tensor, *sizes: Any) -> Tensor:
     """``torch.ops.lmkan_gen.convolve``: the layer on all patches at once."""
     geometry = Geometry(*sizes)
-    return _by_images(forward(patches(x, geometry), table, borders), x, geometry)
+    return by_images(forward(patches(x, geometry), table, borders), x, geometry)
 
 
 def frozen_convolve(x: Tensor, values: Tensor, scales: Tensor | None, borders: Tensor, *sizes: Any) -> Tensor:
     """``torch.ops.lmkan_gen.frozen_convolve``."""
     geometry = Geometry(*sizes)
-    return _by_images(frozen_forward(patches(x, geometry), values, scales, borders), x, geometry)
-
-
-def _by_images(y: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    size = geometry.output_size(x.shape[2], x.shape[3])
-    images: Tensor = y.unflatten(1, (x.shape[0], *size)).transpose(0, 1)
-    return images
+    return by_images(frozen_forward(patches(x, geometry), values, scales, borders), x, geometry)
 
 
 DECOMPOSITIONS |= {
