@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,25 @@ def test_prepared_batches_have_the_same_bits(pair: tuple[nn.Module, nn.Module]) 
             y, expected = served(x.T.to(half)), layer(x.T.to(half))
             assert y.dtype == half
             torch.testing.assert_close(y, expected)
+
+
+def test_eight_threads_call_a_cold_library(pair: tuple[nn.Module, nn.Module]) -> None:
+    """Each of them loads kernels, or waits for one that does."""
+    model, deployed = pair
+    x = torch.randn(39, 5, device=next(model.buffers()).device)
+    start = threading.Barrier(8)
+
+    def call(batch: int) -> Tensor:
+        start.wait()
+        with torch.no_grad():
+            return torch.stack([deployed(x[:batch]) for _ in range(20)])
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(call, [34, 35, 36, 37, 34, 35, 36, 37]))
+    with torch.no_grad():
+        for y in found:
+            expected = model(x[: y.shape[1]]).expand_as(y)
+            torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_what_does_not_belong_together_is_refused(pair: tuple[nn.Module, nn.Module]) -> None:

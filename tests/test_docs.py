@@ -51,3 +51,14 @@ def test_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run("pytorch.md")  # its assertions hold
     assert {path.name for path in tmp_path.iterdir()} >= {"program.pt2", "package.pt2", "network.onnx"}
+
+
+@pytest.mark.slow
+def test_deployment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run("deployment.md")
+    network, model = names["network"], names["model"]
+    assert callable(network)
+    assert callable(model)
+    x = torch.randn(300, 64)
+    torch.testing.assert_close(model(x), network(x), rtol=1e-5, atol=1e-5)
