@@ -32,7 +32,7 @@ from lmkan_gen.packing import RoundedTable
 
 #: of torch, whose stable ABI has what libraries are built on
 _LEAST_RELEASE = "2.10"
-#: operators whose shapes torch has been told
+#: operators that torch has been told about
 _known: set[str] = set()
 
 
@@ -92,9 +92,9 @@ def deploy(network: nn.Module, library: str | PathLike[str], batches: Iterable[i
     )
     path = Path(library).absolute()
     made.save(path)
-    operator = _loaded(path, made.name, listed)
+    _load(path, made.name, listed)
     replaced: dict[int, nn.Module] = {
-        id(layer): DeployedLayer(layer, tables[layer], made.forms[kind], operator, listed.index(kind))
+        id(layer): DeployedLayer(layer, tables[layer], made.forms[kind], made.name, listed.index(kind))
         for layer, kind in kinds.items()
     }
     for module in network.modules():
@@ -113,7 +113,7 @@ class DeployedLayer(BatchLastModule):
     """
 
     def __init__(
-        self, layer: LMKAN2DLayer, table: RoundedTable, forms: Iterable[str], operator: Any, number: int
+        self, layer: LMKAN2DLayer, table: RoundedTable, forms: Iterable[str], operator: str, number: int
     ) -> None:
         super().__init__(layer.input_dim, layer.batch_first)
         self.output_dim = layer.output_dim
@@ -129,7 +129,8 @@ class DeployedLayer(BatchLastModule):
         """``[input_dim, batch]`` -> ``[output_dim, batch]``, of any float dtype but float64."""
         wanted = torch.float32 if autocasts(x) else x.dtype
         forms = [getattr(self, name) for name in self._names]
-        y: Tensor = self._operator(x.float() if x.dtype in HALVES else x, self.borders, forms, self._number)
+        operator = getattr(getattr(torch.ops, NAMESPACE), self._operator).default
+        y: Tensor = operator(x.float() if x.dtype in HALVES else x, self.borders, forms, self._number)
         return y if y.dtype == wanted else y.to(wanted)
 
 
@@ -186,19 +187,21 @@ def _device(tables: Iterable[RoundedTable]) -> torch.device:
     return found.pop()
 
 
-def _loaded(path: Path, name: str, kinds: list[LayerKind]) -> Any:
-    """The operator of a library, of which torch then knows what shape its outputs have."""
+def _load(path: Path, name: str, kinds: list[LayerKind]) -> None:
+    """Load a library, and tell torch what it does not know of operators that C++ defines."""
     torch.ops.load_library(path)
-    if name not in _known:
+    if name in _known:
+        return
 
-        def fake(x: Tensor, borders: Tensor, forms: list[Tensor], number: int) -> Tensor:
-            kind = kinds[number]
-            if x.dim() != 2 or x.shape[0] != kind.inputs or x.dtype != torch.float32:
-                raise ValueError(
-                    f"x must be float32 [{kind.inputs}, batch], got {list(x.shape)} of {x.dtype}"
-                )
-            return x.new_empty((kind.outputs, x.shape[1]))
+    def fake(x: Tensor, borders: Tensor, forms: list[Tensor], number: int) -> Tensor:
+        kind = kinds[number]
+        if x.dim() != 2 or x.shape[0] != kind.inputs or x.dtype != torch.float32:
+            raise ValueError(f"x must be float32 [{kind.inputs}, batch], got {list(x.shape)} of {x.dtype}")
+        return x.new_empty((kind.outputs, x.shape[1]))
 
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
-        _known.add(name)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError("deployed networks are for inference and have no derivatives; use the original")
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward)
+    _known.add(name)

@@ -175,7 +175,7 @@ def test_what_does_not_belong_together_is_refused(pair: tuple[nn.Module, nn.Modu
     layer = next(m for m in pair[1].modules() if isinstance(m, DeployedLayer))
     borders, *forms = layer.buffers()
     x = torch.randn(5, 4, device=borders.device)
-    call: Callable[..., Tensor] = layer._operator
+    call: Callable[..., Tensor] = getattr(torch.ops.lmkan_deployed, layer._operator)
     assert call(x, borders, forms, 0).shape == (12, 4)
     shifted = torch.empty(forms[0].nbytes + 4, dtype=torch.uint8, device=x.device)[4:]
     for words, arguments in {
@@ -197,7 +197,7 @@ def test_two_libraries_and_one_twice(tmp_path: Path) -> None:
     x = torch.randn(4, 6)
     layers = [LMKAN2DLayer(4, 4, outputs).eval() for outputs in (2, 3, 3)]
     deployed = [deploy(layer, tmp_path / f"{i}.so", [6]) for i, layer in enumerate(layers)]
-    names = {str(part._operator) for part in deployed if isinstance(part, DeployedLayer)}
+    names = {part._operator for part in deployed if isinstance(part, DeployedLayer)}
     assert len(names) == 2
     for layer, part in zip(layers, deployed, strict=True):
         assert torch.equal(part(x), layer(x))
@@ -210,6 +210,10 @@ def test_a_deployed_network_stays_as_it_is(tmp_path: Path) -> None:
     expected = deployed(x)
     assert layer.training
     assert not deployed.training
+    torch.save(deployed, tmp_path / "layer.pt")
+    assert torch.equal(torch.load(tmp_path / "layer.pt", weights_only=False)(x), expected)
+    with pytest.raises(RuntimeError, match="deployed networks are for inference"):
+        deployed(x.requires_grad_()).sum().backward()
     with torch.no_grad():
         layer.func_parameter.zero_()
     assert torch.equal(deployed(x), expected)

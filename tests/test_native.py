@@ -411,6 +411,20 @@ def test_a_frozen_network_without_a_call_before_its_graphs(dtype: torch.dtype) -
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_a_thread_that_is_in_no_context() -> None:
+    """Its first call takes memory that torch has kept, and asks the runtime for nothing."""
+    x, table, borders = case("cuda", 64, 64, 8, 400)
+    for _ in range(2):
+        expected = lmkan(x, table, borders)
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(lmkan(x, table, borders)))
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_the_current_stream_and_memory() -> None:
     x, table, borders = case("cuda", 64, 64, 8, 4000)
     grad = torch.randn(64, 4000, device="cuda")
