@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+
+from lmkan_gen.text import UNPRINTABLE
 
 KIB = 1024
 #: of a multiprocessor, on every architecture
@@ -99,7 +102,12 @@ def cpu() -> Device:
     """This machine's processor."""
     level = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
     arch = level.get(torch.backends.cpu.get_cpu_capability(), "generic")
-    return Device("cpu", _cpu_name(), arch, torch.get_num_threads())
+    return Device("cpu", _clean(_cpu_name()), arch, torch.get_num_threads())
+
+
+def _clean(name: str) -> str:
+    """A vendor's name without characters that tuning files refuse."""
+    return re.sub(f"[{UNPRINTABLE}]+", " ", name).strip()[:200] or "unknown"
 
 
 def _cpu_name() -> str:
@@ -125,7 +133,7 @@ def cuda(index: int) -> Device:
     p = torch.cuda.get_device_properties(index)
     return Device(
         "cuda",
-        p.name,
+        _clean(p.name),
         f"sm_{p.major}{p.minor}",
         p.multi_processor_count,
         p.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stubs lack it
@@ -147,5 +155,11 @@ def of(device: torch.device) -> Device:
 
 
 def slug(name: str) -> str:
-    """A device's name as part of a file's: ``NVIDIA H200`` -> ``nvidia_h200``."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    """A device's name as part of a file's: ``NVIDIA H200`` -> ``nvidia_h200``.
+
+    A name without Latin letters gets digits that stand for it.
+    """
+    words = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:100]
+    if re.search("[a-z]", words):
+        return words
+    return f"device_{hashlib.sha256(name.encode()).hexdigest()[:8]}"

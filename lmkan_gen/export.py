@@ -10,6 +10,7 @@ from lmkan_gen.families import family
 from lmkan_gen.freshness import stale_entries
 from lmkan_gen.resources import resource_directory
 from lmkan_gen.selection import tune_command
+from lmkan_gen.text import printable
 from lmkan_gen.tuning_file import TuningFile, TuningFileError, load, merge, save
 
 
@@ -22,10 +23,13 @@ def export(source: Path, directory: Path) -> tuple[Path, int, int]:
         The file, how many of its entries come from ``source``, and how many it has.
 
     Raises:
-        TuningFileError: not valid, without entries, with entries that are stale or do not fit the device.
+        TuningFileError: not valid, without entries, or with entries that are stale, do not fit the device,
+            or are for kernels that this version does not have.
         OSError: the directory cannot be written.
     """
     file = load(source)
+    for record in file.skipped:
+        raise TuningFileError(f"{printable(source)}: {record.describe()}")
     if not file.entries:
         raise TuningFileError(f"{source}: there are no entries to export")
     stale = set(map(id, stale_entries(file)))

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from lmkan_gen import codegen
-from lmkan_gen.device import Device, target
+from lmkan_gen.device import CUDA_ARCHITECTURES, KIB, Device, target
 from lmkan_gen.families import family
 from lmkan_gen.plan import KernelSpec
 from lmkan_gen.problem import Problem, TableDtype
@@ -33,8 +33,7 @@ def specs(file: TuningFile) -> Iterator[tuple[Problem, KernelSpec]]:
 
 
 def _device(record: DeviceRecord) -> Device:
-    # all GPUs of one architecture have the same shared memory per multiprocessor
-    shared = target(record.arch).shared_memory_per_multiprocessor if record.kind == "cuda" else 0
+    shared = _shared_memory_per_multiprocessor(record) if record.kind == "cuda" else 0
     return Device(
         record.kind,
         record.name,
@@ -43,6 +42,12 @@ def _device(record: DeviceRecord) -> Device:
         record.shared_memory_per_block,
         shared,
     )
+
+
+def _shared_memory_per_multiprocessor(record: DeviceRecord) -> int:
+    if record.arch in CUDA_ARCHITECTURES:  # all GPUs of one have the same
+        return target(record.arch).shared_memory_per_multiprocessor
+    return record.shared_memory_per_block + KIB  # what CUDA keeps of each block
 
 
 def sources(tuning: Path) -> dict[Path, str]:

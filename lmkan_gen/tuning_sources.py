@@ -19,6 +19,7 @@ from lmkan_gen.families import Parameters, family
 from lmkan_gen.freshness import is_stale
 from lmkan_gen.problem import Layer, LayerShape, Problem
 from lmkan_gen.resources import resource_directory
+from lmkan_gen.text import printable
 from lmkan_gen.toolchain.bundle import tuning_files
 from lmkan_gen.tuning_file import DeviceRecord, Entry, TuningFile, TuningFileError, load
 
@@ -49,7 +50,9 @@ def sources() -> list[Source]:
     """
     found = []
     if value := os.environ.get(TUNING_VARIABLE):
-        found += [Source("environment", p) for p in _yaml_files(Path(value))]
+        named = Path(value)
+        # what is no directory may not be there, which is to be said
+        found += [Source("environment", p) for p in (_yaml_files(named) if os.path.isdir(named) else [named])]
     with suppress(RuntimeError):  # there is no home directory
         found += [Source("user", p) for p in _yaml_files(user_tuning_directory())]
     found += [Source("bundle", p) for p in tuning_files()]
@@ -57,26 +60,40 @@ def sources() -> list[Source]:
     return found
 
 
-def _yaml_files(path: Path) -> list[Path]:
+def _yaml_files(directory: Path) -> list[Path]:
     try:
-        return sorted(path.glob("*.yaml")) if path.is_dir() else [path] if path.is_file() else []
+        return sorted(directory.glob("*.yaml"))
     except OSError:  # a home directory that may not be read has no tuning files for us
         return []
 
 
 @cache
 def _files(environment: str | None) -> tuple[tuple[Source, TuningFile], ...]:
-    """All usable files. A broken one must not stop a layer: it is named once and passed over."""
+    """All usable files. A broken one must not stop a layer: it is named once and passed over.
+
+    So are entries for kernels that this version does not have.
+    """
     usable = []
     for source in sources():
         try:
-            usable.append((source, load(source.path)))
+            file = load(source.path)
+            usable.append((source, file))
+            if file.skipped:
+                warnings.warn(_skipping(source.path, file), stacklevel=2)
         except TuningFileError as error:
             warnings.warn(
                 f"ignoring a tuning file; `lmkan-gen configs validate` checks it again: {error}",
                 stacklevel=2,
             )
     return tuple(usable)
+
+
+def _skipping(path: Path, file: TuningFile) -> str:
+    passed, total = len(file.skipped), len(file.skipped) + len(file.entries)
+    return (
+        f"{printable(path)}: {passed} of {total} entries are passed over, since this version of lmkan-gen "
+        f"has no such kernels; for example, {file.skipped[0].describe()}"
+    )
 
 
 def forget_files() -> None:

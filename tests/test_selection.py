@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -288,16 +289,35 @@ def test_one_line_names_the_command_that_would_tune(caplog: pytest.LogCaptureFix
     assert not caplog.records
 
 
-def test_a_broken_file_is_skipped_with_one_warning() -> None:
+def test_broken_files_are_skipped_with_one_warning_each(monkeypatch: pytest.MonkeyPatch) -> None:
     good = write(user("good"), GPU, entry())
     user("broken").write_text("schema: 1\nentries: [")
+    os.mkfifo(user("a_pipe"))
+    monkeypatch.setenv(selection.TUNING_VARIABLE, "/nowhere/mine.yaml")
     selection.clear_caches()
-    with pytest.warns(UserWarning, match=r"broken\.yaml.*malformed YAML") as caught:
+    with pytest.warns(UserWarning, match="ignoring a tuning file") as caught:
         assert select(forward()).source == str(good)
-    assert len(caught) == 1
+    reasons = [str(w.message) for w in caught]
+    for reason, words in zip(
+        reasons,
+        (r"/nowhere/mine\.yaml: .*No such file", r"a_pipe\.yaml: .*no regular", r"broken\.yaml: malformed"),
+        strict=True,
+    ):
+        assert re.search(words, reason)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         select(forward(LayerShape(64, 64, 10, 5)))
+
+
+def test_entries_for_kernels_of_another_version_are_passed_over_with_one_warning() -> None:
+    other = replace(SHAPE, batch=2 * SHAPE.batch)
+    path = write(user(), GPU, entry(), entry(shape=other))
+    before, _, after = path.read_text().rpartition("family: tiles")
+    path.write_text(f"{before}family: from_the_future{after}")
+    selection.clear_caches()
+    with pytest.warns(UserWarning, match=rf"a\.yaml: 1 of 2 entries .*{other}: unknown") as caught:
+        assert {select(forward(shape)).tier for shape in (SHAPE, other)} == {Tier.EXACT, Tier.NEAREST_SHAPE}
+    assert len(caught) == 1
 
 
 def test_batch_of_zero() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -22,6 +24,7 @@ from lmkan_gen.freshness import source_digest, stale_entries
 from lmkan_gen.problem import LayerShape, Operation, Problem
 from lmkan_gen.selection import Tier, select
 from lmkan_gen.tuning_file import (
+    DeviceRecord,
     Dtypes,
     Entry,
     Provenance,
@@ -63,10 +66,10 @@ def entry(shape: LayerShape = SHAPE, **changes: Any) -> Entry:
     return Entry(**{**fields, **changes})
 
 
-def write(path: Path, *entries: Entry) -> Path:
+def write(path: Path, *entries: Entry, device: devices.Device = GPU) -> Path:
     provenance = Provenance(lmkan_gen="1", compiler="nvcc 1", driver="1", torch="1", date=date(2026, 1, 2))
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(path, TuningFile.make(GPU, provenance, entries))
+    save(path, TuningFile.make(device, provenance, entries))
     return path
 
 
@@ -141,6 +144,56 @@ def test_commands_say_so(run: Run, monkeypatch: pytest.MonkeyPatch, shipped: Pat
     assert "NVIDIA GeForce RTX 4090 │ sm_89 │ 1       │ 1 " in run("configs", "list")[1]
 
 
+@pytest.mark.parametrize("arch", ["sm_87", "sm_130"])
+def test_devices_of_architectures_that_no_table_lists(run: Run, shipped: Path, arch: str) -> None:
+    write(shipped / "gpu.yaml", entry(source="0" * 16), device=replace(GPU, arch=arch))
+    code, said = run("configs", "list")
+    assert code == 0, said
+    assert f"│ {arch}" in said
+
+
+# --- names from elsewhere -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["[/] [bold", "[link=http://evil]x[/link]", ":smile: [red]GPU"])
+def test_names_are_shown_as_they_are(run: Run, shipped: Path, name: str) -> None:
+    path = write(shipped / "[red].yaml", entry(), device=replace(GPU, name=name))
+    for command in (["configs", "list"], ["configs", "show", str(path)], ["configs", "validate"]):
+        code, said = run(*command)
+        assert code == 0, said
+        assert name in said
+        assert "[red].yaml" in said
+    findings = json.loads(run("doctor", "--json")[1])
+    assert any(name in f["detail"] and f["status"] == "ok" for f in findings)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("NVIDIA GeForce RTX 4090", "nvidia_geforce_rtx_4090"),
+        ("AMD EPYC™ 9V84", "amd_epyc_9v84"),
+        ("寒武纪 370", "device_"),
+        ("華為 370", "device_"),
+        ("a" * 200, "a" * 100),
+    ],
+)
+def test_every_device_has_a_file_name(name: str, file: str) -> None:
+    slug = devices.slug(name)
+    assert slug.startswith(file)
+    assert re.fullmatch("[a-z0-9_]{1,100}", slug)
+    assert devices.slug("寒武纪 370") != devices.slug("華為 370")
+
+
+def test_a_vendors_name_is_one_that_a_file_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices.cpu.cache_clear()
+    monkeypatch.setattr(devices, "_cpu_name", lambda: "A\x1b[31m CPU\u202e" + "!" * 300)
+    assert DeviceRecord.of(devices.cpu()).name == "A [31m CPU " + "!" * 189
+    devices.cpu.cache_clear()
+    monkeypatch.setattr(devices, "_cpu_name", lambda: "")
+    assert DeviceRecord.of(devices.cpu()).name == "unknown"
+    devices.cpu.cache_clear()
+
+
 # --- the schema -----------------------------------------------------------------------------------
 
 
@@ -170,6 +223,10 @@ def test_schema_accepts_what_ships_and_what_is_written(tmp_path: Path) -> None:
         {"entries": {"parameters": {"pairs": 4}}},
         {"entries": {"operation": "sideways"}},
         {"entries": {"source": "xyz"}},
+        {"entries": {"parameters": {"a b": 1}}},
+        {"device": {"name": "\x1b[31m", "arch": "sm_89", "multiprocessors": 1, "shared_memory_per_block": 0}},
+        {"device": {"name": "a", "arch": "sm_x", "multiprocessors": 1, "shared_memory_per_block": 0}},
+        {"device": {"name": "a", "arch": "sm_89", "multiprocessors": 10**9, "shared_memory_per_block": 0}},
         {"entries": {"shape": {"inputs": 64, "outputs": 64, "grids": 8, "batch": 0}}},
         {"entries": {"time_us": {"median": -1.0, "iqr": 0.0}}},
     ],
@@ -183,8 +240,8 @@ def test_schema_refuses_what_loading_refuses(tmp_path: Path, change: dict[str, A
         else:
             data[key] = value
     path.write_text(yaml.safe_dump(data))
-    with pytest.raises(TuningFileError):
-        load(path)
+    with suppress(TuningFileError):
+        assert load(path).skipped
     checker = jsonschema.Draft202012Validator(tuning_schema.schema())
     assert list(checker.iter_errors(content(path)))
 
@@ -205,6 +262,16 @@ def test_files_beside_a_schema_name_it(tmp_path: Path) -> None:
     path = write(tmp_path / "b.yaml", entry())
     assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
     assert len(load(path).entries) == 1
+
+
+def test_validate_names_what_layers_pass_over(run: Run, tmp_path: Path) -> None:
+    path = write(tmp_path / "foreign.yaml", entry())
+    path.write_text(path.read_text().replace("family: ", "family: new_"))
+    code, said = run("configs", "validate", str(path))
+    assert code == 1
+    assert f"{path}: not valid, 0 entries" in said
+    assert "passed over: forward 64,64,8,4096: unknown kernel family 'new_" in said
+    assert "passed over: forward 64,64,8,4096" in run("configs", "show", str(path))[1]
 
 
 def test_schema_command(run: Run) -> None:
@@ -228,6 +295,10 @@ def test_export_adds_to_what_ships(run: Run, shipped: Path, tmp_path: Path) -> N
 def test_export_refuses_what_is_not_worth_sharing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(TuningFileError, match="no entries"):
         export(write(tmp_path / "empty.yaml"), tmp_path / "out")
+    foreign = write(tmp_path / "foreign.yaml", entry())
+    foreign.write_text(foreign.read_text().replace("family: ", "family: new_"))
+    with pytest.raises(TuningFileError, match="forward 64,64,8,4096: unknown kernel family 'new_"):
+        export(foreign, tmp_path / "out")
     good = entry()
     wasteful = entry(parameters={**good.parameters, "pairs": 16, "outs": 32}, source=None)
     with pytest.raises(TuningFileError, match="does not fit NVIDIA GeForce RTX 4090: num_grids=8"):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
+import time
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmkan_gen import device as devices
@@ -17,6 +19,7 @@ from lmkan_gen.device import target
 from lmkan_gen.families import family
 from lmkan_gen.problem import Operation, Problem
 from lmkan_gen.resources import resource_directory
+from lmkan_gen.text import unprintable
 from lmkan_gen.tuning_file import SCHEMA_FILE, TuningFile, TuningFileError, dump, load, merge, save
 
 PARAMETERS = {name: values[0] for name, values in family("row_vector").space(Operation.FORWARD).items()}
@@ -88,7 +91,7 @@ def test_readable(tmp_path: Path) -> None:
 @given(
     median=st.floats(1e-3, 1e9),
     iqr=st.floats(0, 1e6),
-    text=st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=20),
+    text=st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(lambda t: not unprintable(t)),
 )
 def test_any_number_and_name_survive(
     tmp_path_factory: pytest.TempPathFactory, median: float, iqr: float, text: str
@@ -130,13 +133,22 @@ WRONG: list[tuple[dict[str, object], list[str]]] = [
     ({"entries__0__shape__batch": 0}, ["entry 0", "shape.batch", "(got 0)"]),
     ({"entries__0__shape__batch": True}, ["entry 0", "shape.batch", "integer", "True"]),
     ({"entries__0__dtypes__table": "float64"}, ["entry 0", "dtypes.table", "'float32'", "'float64'"]),
-    ({"entries__0__family": "no_such"}, ["entry 0", "no_such", "row_vector"]),
+    ({"entries__0__family": "no such"}, ["entry 0", "family", "match pattern", "'no such'"]),
     ({"entries__0__family": 5}, ["entry 0", "family", "string", "(got 5)"]),
-    ({"entries__0__operation": "backward"}, ["entry 0", "row_vector", "does not compute", "backward"]),
-    ({"entries__0__parameters": {}}, ["entry 0", "missing", next(iter(PARAMETERS))]),
-    ({"entries__0__parameters__volume": 11}, ["entry 0", "unknown parameter", "volume", *PARAMETERS]),
-    ({f"entries__0__parameters__{next(iter(PARAMETERS))}": 12345}, ["entry 0", "12345", "must be one of"]),
-    ({f"entries__0__parameters__{next(iter(PARAMETERS))}": "16; }"}, ["entry 0", "'16; }'", "one of"]),
+    ({f"entries__0__parameters__{next(iter(PARAMETERS))}": "16; }"}, ["entry 0", "'16; }'", "pattern"]),
+    ({"entries__0__parameters__a [b]": 3}, ["entry 0", "parameters.'a [b]'", "pattern"]),
+    ({"surprise[red]": 3}, ["'surprise[red]': unknown key"]),
+    ({"device__arch": "sm_x"}, ["device.arch", "pattern", "'sm_x'"]),
+    ({"device__arch": "sm_99999"}, ["device.arch", "pattern"]),
+    ({"device__arch": "z80"}, ["device.arch", "pattern", "'z80'"]),
+    ({"device__name": "a" * 201}, ["device.name", "200 characters"]),
+    ({"device__multiprocessors": 10**18}, ["device.multiprocessors", "65536", "1000000000000000000"]),
+    ({"device__shared_memory_per_block": 2**40}, ["device.shared_memory_per_block", "less than or equal"]),
+    ({"entries__1__shape__inputs": 10**9}, ["entry 1", "shape.inputs", "less than or equal"]),
+    ({"entries__1__shape__outputs": 10**9}, ["entry 1", "shape.outputs", "less than or equal"]),
+    ({"entries__1__shape__grids": 10**6}, ["entry 1", "shape.grids", "less than or equal"]),
+    ({"entries__1__shape__batch": 10**15}, ["entry 1", "shape.batch", "less than or equal"]),
+    ({"entries__1__time_us__median": 1e300}, ["entry 1", "time_us.median", "less than or equal"]),
     ({f"entries__0__parameters__{next(iter(PARAMETERS))}": 16.0}, ["entry 0", "parameters", "integer"]),
     ({"entries__0__time_us__median": 0}, ["entry 0", "time_us.median", "greater than 0", "(got 0)"]),
     ({"entries__0__time_us__median": float("nan")}, ["entry 0", "time_us.median", "finite", "nan"]),
@@ -176,7 +188,18 @@ def test_missing_key(tmp_path: Path, key: str) -> None:
         ("entries: [", "malformed YAML"),
         ("", "must hold a mapping"),
         ("- 1\n- 2\n", "must hold a mapping"),
-        ("schema: !!python/object/apply:os.system ['true']\n", "malformed YAML"),
+        ("schema: !!python/object/apply:os.system ['true']\n", "tags are not read"),
+        ("schema: 1\nschema: 1\n", "line 2: the key 'schema' occurs twice"),
+        ("device: {arch: a, arch: b}\n", "line 1: the key 'arch' occurs twice"),
+        ("a: &x 1\nb: *x\n", "line 1: anchors and aliases"),
+        ("[" * 100_000, "nested more than 16 levels"),
+        ("a: " + "9" * 5000, "line 1: a text of 5000 characters"),
+        ("a: " + "9" * 900, "a number beyond 64 bits"),
+        ("a: 0x" + "f" * 900, "a number beyond 64 bits"),
+        ("a: " + "1:" * 400 + "1.5", "line 1: '1:1:.* too large"),
+        ("a: 2026-02-30", "line 1: '2026-02-30'"),
+        ("1: 2", "a key must be text, got 1"),
+        ("a: 1\n---\na: 1\n", "line 3: there must be one document"),
     ],
 )
 def test_not_a_tuning_file(tmp_path: Path, text: str, words: str) -> None:
@@ -191,6 +214,139 @@ def test_unreadable(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TuningFileError, match="cannot be read"):
         load(binary)
+
+
+FOREIGN: list[tuple[dict[str, object], list[str]]] = [
+    ({"family": "no_such"}, ["unknown kernel family 'no_such'", "row_vector"]),
+    ({"operation": "backward"}, ["row_vector", "does not compute", "backward"]),
+    (
+        {"dtypes": {"table": "int8", "input": "float32"}, "operation": "grad_table"},
+        ["row_vector", "not with int8"],
+    ),
+    ({"parameters": {}}, ["missing", next(iter(PARAMETERS))]),
+    ({"parameters": {**PARAMETERS, "volume": 11}}, ["unknown parameter", "'volume'", *PARAMETERS]),
+    ({"parameters": {**PARAMETERS, next(iter(PARAMETERS)): 12345}}, ["12345", "must be one of"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), FOREIGN, ids=lambda v: "".join(v) if isinstance(v, dict) else ""
+)
+def test_entries_of_another_version_are_passed_over_and_kept(
+    tmp_path: Path, change: dict[str, object], words: list[str]
+) -> None:
+    value = content()
+    value["entries"][0].update(change)
+    file = load(write(tmp_path, value))
+    assert [e.shape.batch for e in file.entries] == [31]
+    (skipped,) = file.skipped
+    for word in words:
+        assert word in (skipped.misfit or "")
+    path = tmp_path / "again.yaml"
+    save(path, merge(file, load(write(tmp_path, content())).model_copy(update={"entries": file.entries})))
+    again = load(path)
+    assert again.skipped == file.skipped, "what another version wrote is lost"
+    assert again.entries == file.entries
+    # a new answer to the same question replaces it
+    answer = file.entries[0].model_copy(
+        update={"operation": skipped.operation, "shape": skipped.shape, "dtypes": skipped.dtypes}
+    )
+    assert merge(file, file.model_copy(update={"entries": (answer,)}).skipping([])).skipped == ()
+
+
+@pytest.mark.parametrize("value", ["\\e[31mred", "a\\nb", "\\u202eabc", "\\x9b"])
+@pytest.mark.parametrize(
+    "where", ["name: A CPU", "compiler: gcc 12", "torch: 2.13.0", "compile: 0", "inputs"]
+)
+def test_control_characters_are_refused_everywhere(tmp_path: Path, value: str, where: str) -> None:
+    key, colon, _ = where.partition(": ")
+    text = yaml.safe_dump(content(), sort_keys=False)
+    assert where in text
+    path = write(tmp_path, text.replace(where, f'{key}: "{value}"' if colon else f'"{value}"', 1))
+    with pytest.raises(TuningFileError, match="control characters") as caught:
+        load(path)
+    assert not unprintable(str(caught.value))
+
+
+def test_what_is_no_small_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)
+    large = tmp_path / "large.yaml"
+    with large.open("wb") as stream:
+        stream.truncate(3 << 20)
+    for path, words in (
+        (pipe, "no regular file"),
+        (Path("/dev/zero"), "no regular file"),
+        (tmp_path, "cannot be read"),
+        (large, "larger than 2 MiB"),
+    ):
+        with pytest.raises(TuningFileError, match=words) as caught:
+            load(path)
+        assert str(path) in str(caught.value)
+
+
+def test_a_large_file_loads_in_a_second(tmp_path: Path) -> None:
+    value = content()
+    pattern = value["entries"][0]
+    value["entries"] = [{**pattern, "shape": {**pattern["shape"], "batch": b}} for b in range(1, 3300)]
+    file = TuningFile.model_validate({**value, "entries": tuple(value["entries"])})
+    path = tmp_path / "large.yaml"
+    save(path, file)
+    assert path.stat().st_size > 1 << 20
+    start = time.process_time()
+    assert len(load(path).entries) == 3299
+    assert time.process_time() - start < 1.0
+
+
+def test_a_file_does_not_grow_until_it_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, content())
+    file = load(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("lmkan_gen.tuning_file._MOST_BYTES", path.stat().st_size // 2)
+        with pytest.raises(TuningFileError, match="would be larger than"):
+            save(path, file)
+    assert load(path) == file
+
+
+def test_shipped_files_do_not_hold_up_a_first_call() -> None:
+    paths = list(resource_directory("tuning").glob("*.yaml"))
+    start = time.process_time()
+    for path in paths:
+        load(path)
+    assert time.process_time() - start < 0.1  # 20 ms on a quiet machine
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_whatever_a_file_holds_there_is_one_error(
+    tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
+    """Any value in any place of a valid file, as YAML or as it comes."""
+    odd = st.one_of(
+        st.none(), st.booleans(), st.integers(), st.integers(10**30, 10**40), st.floats(),
+        st.text(max_size=30), st.lists(st.integers(), max_size=2),
+        st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
+        st.sampled_from(["[" * 5000, "{a: " * 100, "9" * 5000, "&a [*a]", "!!set {}", "1:" * 300 + "1.5"]),
+    )  # fmt: skip
+    value = content()
+    place: Any = value
+    while True:
+        key = data.draw(st.sampled_from(list(place) if isinstance(place, dict) else list(range(len(place)))))
+        if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = "PLACE"
+    drawn = data.draw(odd)
+    raw = data.draw(st.booleans()) and isinstance(drawn, str)
+    text = drawn if raw else yaml.safe_dump(drawn, default_flow_style=True).removesuffix("...\n").strip()
+    path = tmp_path_factory.getbasetemp() / "odd.yaml"
+    path.write_text(yaml.safe_dump(value, sort_keys=False).replace("PLACE", text), errors="replace")
+    try:
+        assert dump(load(path))
+    except TuningFileError as error:
+        assert str(path) in str(error)  # noqa: PT017
 
 
 def test_merge_replaces_equal_keys_only(tmp_path: Path) -> None:
@@ -215,7 +371,9 @@ def test_shipped_files_are_valid() -> None:
         if path.name == SCHEMA_FILE:
             continue
         assert path.suffix == ".yaml"
-        assert load(path).entries, path
+        file = load(path)
+        assert file.entries, path
+        assert [record.misfit for record in file.skipped] == []
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in resource_directory("tuning").glob("*.yaml")))

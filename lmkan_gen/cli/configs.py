@@ -26,9 +26,11 @@ def list_command() -> None:
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from lmkan_gen.freshness import stale_entries
     from lmkan_gen.selection import TUNING_VARIABLE, sources, user_tuning_directory
+    from lmkan_gen.text import printable
     from lmkan_gen.tuning_file import TuningFileError, load
 
     table = Table()
@@ -42,8 +44,9 @@ def list_command() -> None:
             row = ("not valid", "-", "-", "-")
         else:
             stale = str(len(stale_entries(file)) or "-")
-            row = (file.device.name, file.device.arch, str(len(file.entries)), stale)
-        table.add_row(source.origin, *row, str(source.path))
+            skipped = f" and {len(file.skipped)} passed over" if file.skipped else ""
+            row = (file.device.name, file.device.arch, f"{len(file.entries)}{skipped}", stale)
+        table.add_row(*map(Text, (source.origin, *row, printable(source.path))))
     if found:
         Console().print(table)
     else:
@@ -69,14 +72,19 @@ def show_command(
     """
     from rich.console import Console
 
+    from lmkan_gen.text import printable
     from lmkan_gen.tuner.report import summary
     from lmkan_gen.tuning_file import load
 
     path = _find(name)
     file = load(path)
     console = Console()
-    console.print(f"{path}\n{_provenance(file)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{printable(path)}\n{_provenance(file)}", highlight=False, soft_wrap=True, markup=False, emoji=False
+    )
     console.print(summary(file.entries, f"{file.device.name} ({file.device.arch})"))
+    for record in file.skipped:
+        typer.echo(f"passed over: {record.describe()}")
 
 
 @configs_app.command("validate")
@@ -95,6 +103,7 @@ def validate_command(
     """
     from lmkan_gen.freshness import stale_entries
     from lmkan_gen.selection import sources
+    from lmkan_gen.text import printable
     from lmkan_gen.tuning_file import TuningFileError, load
 
     paths = [_find(f) for f in files] if files else [s.path for s in sources()]
@@ -106,7 +115,11 @@ def validate_command(
             invalid += 1
             typer.echo(str(error), err=True)
         else:
-            typer.echo(f"{path}: valid, {len(file.entries)} entries for {file.device.name}")
+            what = f"{len(file.entries)} entries for {file.device.name}"
+            typer.echo(f"{printable(path)}: {'not ' if file.skipped else ''}valid, {what}")
+            invalid += bool(file.skipped)
+            for record in file.skipped:
+                typer.echo(f"  passed over: {record.describe()}", err=True)
             for entry in stale_entries(file):
                 typer.echo(f"  stale: {entry.operation} {entry.shape.layer}, its kernel has changed since")
     if invalid:

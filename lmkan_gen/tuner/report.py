@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from lmkan_gen.problem import Problem
 from lmkan_gen.tuner.progress import Observer, Progress
@@ -76,7 +77,7 @@ class ConsoleObserver(Observer):
 
 def summary(entries: Iterable[Entry], title: str) -> Table:
     """One row per entry: what won, and by how much."""
-    table = Table(title=title, show_lines=True)
+    table = Table(title=Text(title), show_lines=True)
     table.add_column("layer call", no_wrap=True)
     table.add_column("kernel", overflow="fold")
     for heading in ("time\n±IQR", "default", "torch\nspeedup", "tried\nfailed"):
@@ -88,7 +89,7 @@ def summary(entries: Iterable[Entry], title: str) -> Table:
         failed = sum(n for reason, n in e.search.rejected.items() if reason in FAILURES)
         table.add_row(
             f"{e.operation}\n{e.shape.layer}",
-            f"{e.family}\n{settings}",
+            Text(f"{e.family}\n{settings}"),
             f"{duration(t.median)}\n±{duration(t.iqr)}",
             duration(t.default),
             f"{duration(t.reference)}{speedup}",
