@@ -11,13 +11,14 @@ from lmkan_gen.freshness import stale_entries
 from lmkan_gen.resources import resource_directory
 from lmkan_gen.selection import tune_command
 from lmkan_gen.text import printable
-from lmkan_gen.tuning_file import TuningFile, TuningFileError, load, merge, save
+from lmkan_gen.tuning_file import TuningFile, TuningFileError, load, merge, update
 
 
 def export(source: Path, directory: Path) -> tuple[Path, int, int]:
     """Write a file ready to be contributed into ``directory``.
 
-    Shipped entries for the same device stay, but for those that ``source`` answers as well.
+    It adds to the file that is there already, or else to the one that ships for the device: their entries
+    stay, but for those that ``source`` answers as well.
 
     Returns:
         The file, how many of its entries come from ``source``, and how many it has.
@@ -42,9 +43,9 @@ def export(source: Path, directory: Path) -> tuple[Path, int, int]:
         if broken := family(entry.family).violations(problem, entry.parameters):
             raise TuningFileError(f"{what} does not fit {file.device.name}: {broken[0].message}")
     shipped = _shipped(file)
-    merged = merge(shipped, file) if shipped else file
     path = directory / f"{slug(file.device.name)}.yaml"
-    save(path, merged)
+    # what lies in a checkout may be newer than what is installed
+    merged = update(path, merge(shipped, file) if shipped and not path.exists() else file)
     return path, len(file.entries), len(merged.entries)
 
 

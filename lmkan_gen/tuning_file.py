@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from lmkan_gen import plain_yaml
@@ -47,6 +49,7 @@ __all__ = [
     "load",
     "merge",
     "save",
+    "update",
 ]
 
 #: name of the JSON Schema that lies beside the shipped files
@@ -54,9 +57,15 @@ SCHEMA_FILE = "schema.json"
 #: tells editors where it is
 _MODELINE = f"# yaml-language-server: $schema={SCHEMA_FILE}\n"
 _MAX_REPORTED = 20
+#: writing takes far less than a second
+_LOCK_S = 60
 #: some five thousand entries
 _MOST_BYTES = 2 << 20
 _TOO_LARGE = f"larger than {_MOST_BYTES >> 20} MiB, of which nothing is read; keep entries in several files"
+
+
+#: of an entry that there is and one that comes: whether the first one stays
+Keeps = Callable[[Entry, Entry], bool]
 
 
 class TuningFileError(ValueError):
@@ -188,10 +197,50 @@ def save(path: Path, file: TuningFile) -> None:
         raise
 
 
-def merge(old: TuningFile, new: TuningFile) -> TuningFile:
+def update(path: Path, new: TuningFile, keeps: Keeps = lambda old, new: False) -> TuningFile:
+    """Add the entries of ``new`` to a file, which others may be adding to at the same time; see `merge`.
+
+    Returns:
+        What the file holds now.
+
+    Raises:
+        TuningFileError: the file exists and is not a tuning file of this device.
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        merged = merge(load(path), new, keeps) if path.exists() else new
+        save(path, merged)
+    return merged
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock beside the file, where everybody sees it who sees the file.
+
+    It belongs to the process, so that a crash releases it. It is done without where the file system has none.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_S)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OSError(
+            f"{printable(path)}: another process has been writing it for {_LOCK_S} s; end that and try again "
+            "(`lmkan-gen tune --resume` measures nothing again)"
+        ) from None
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def merge(old: TuningFile, new: TuningFile, keeps: Keeps = lambda old, new: False) -> TuningFile:
     """``old`` with the entries of ``new`` added, replacing those with the same operation, shape and dtypes.
 
-    Device and provenance are those of ``new``. What ``old`` skips stays in it, too, unless it is replaced.
+    Device and provenance are those of ``new``. What ``old`` skips stays in it, too, unless it is replaced; so
+    do entries of which ``keeps`` says that they are not to be replaced.
 
     Raises:
         TuningFileError: the files are of different devices.
@@ -201,8 +250,9 @@ def merge(old: TuningFile, new: TuningFile) -> TuningFile:
             f"cannot merge results for {new.device.name} ({new.device.arch}) into a file for "
             f"{old.device.name} ({old.device.arch}); write them to another file"
         )
-    replaced = {e.key for e in (*new.entries, *new.skipped)}
-    kept = tuple(e for e in old.entries if e.key not in replaced)
-    skipped = tuple(e for e in old.skipped if e.key not in replaced)
-    merged = new.model_copy(update={"entries": kept + new.entries})
-    return merged.skipping(skipped + new.skipped)
+    coming = {e.key: e for e in new.entries}
+    kept = tuple(e for e in old.entries if e.key not in coming or keeps(e, coming[e.key]))
+    fresh = tuple(e for e in new.entries if e.key not in {k.key for k in kept})
+    answered = {e.key for e in kept + fresh}
+    skipped = {e.key: e for e in old.skipped + new.skipped if e.key not in answered}
+    return new.model_copy(update={"entries": kept + fresh}).skipping(skipped.values())

@@ -76,7 +76,7 @@ def test_tune_then_show_list_validate(run: Runner, tmp_path: Path) -> None:
 
 def test_default_output_is_found_by_layers_and_by_name(run: Runner) -> None:
     assert run("tune", "--shape", SHAPE, "--device", "cpu", "--trials", "1").code == 0
-    (path,) = selection.user_tuning_directory().iterdir()
+    (path,) = selection.user_tuning_directory().glob("*.yaml")
     choice = selection.select(Problem(Operation.FORWARD, LayerShape(8, 6, 4, 50), devices.cpu()))
     assert (choice.tier, choice.source) == (selection.Tier.EXACT, str(path))
     listed = run("configs", "list")

@@ -292,6 +292,16 @@ def test_export_adds_to_what_ships(run: Run, shipped: Path, tmp_path: Path) -> N
     assert {e.shape.layer: e.time_us.median for e in exported.entries} == {other: 10.0, SHAPE: 10.0}
 
 
+def test_export_adds_to_what_is_there(shipped: Path, tmp_path: Path) -> None:
+    """A checkout may be ahead of what is installed."""
+    newer, other = LayerShape(128, 128, 8, 4096), LayerShape(256, 256, 8, 4096)
+    write(shipped / "gpu.yaml", entry(other))
+    write(tmp_path / "checkout" / "nvidia_geforce_rtx_4090.yaml", entry(newer), entry(other))
+    path, added, total = export(write(tmp_path / "mine.yaml", entry()), tmp_path / "checkout")
+    assert (added, total) == (1, 3)
+    assert {e.shape.layer for e in load(path).entries} == {newer, other, SHAPE}
+
+
 def test_export_refuses_what_is_not_worth_sharing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(TuningFileError, match="no entries"):
         export(write(tmp_path / "empty.yaml"), tmp_path / "out")

@@ -545,6 +545,24 @@ def test_a_run_among_faults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, jou
     assert load(output) == result
 
 
+def test_two_runs_at_a_time_add_to_one_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, journals: Path
+) -> None:
+    """Whatever another run writes while this one measures stays in the file."""
+    use(monkeypatch, Faulty(("none",)))
+    other, output = LayerShape(6, 5, 4, 41), tmp_path / "out.yaml"
+    shapes = [SHAPE, LayerShape(6, 5, 4, 42)]
+
+    class Meanwhile(Observer):
+        def finished(self, problem: Problem, entry: Entry) -> None:
+            if problem.shape == SHAPE:
+                tune([other], CPU, output=output)
+
+    result = tune(shapes, CPU, output=output, observer=Meanwhile())
+    assert [e.shape.layer for e in result.entries] == shapes
+    assert {e.shape.layer for e in load(output).entries} == {*shapes, other}
+
+
 def test_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, journals: Path) -> None:
     use(monkeypatch, Faulty(("wrong", "raise")))
     output = tmp_path / "out.yaml"
@@ -590,6 +608,8 @@ def test_bad_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, journals
         tune([SHAPE], CPU, trials=0)
     with pytest.raises(ValueError, match="batch must be at least 1"):
         tune([LayerShape(6, 5, 4, 0)], CPU)
+    with pytest.raises(ValueError, match=r"6,5,1000000,8 cannot be kept in a tuning file: grids: .*16384"):
+        tune([LayerShape(6, 5, 10**6, 8)], CPU)
     foreign = tmp_path / "foreign.yaml"
     result = tune([SHAPE], CPU, output=foreign)
     text = foreign.read_text().replace(result.device.name, "Some Other CPU")
@@ -612,7 +632,7 @@ def test_real_kernels_end_to_end(journals: Path) -> None:
         assert choice.time_us == e.time_us.median
     # a second run adds to the file and keeps the rest
     more = tune([LayerShape(16, 24, 5, 9)], CPU, [Operation.FORWARD], trials=1)
-    (path,) = selection.user_tuning_directory().iterdir()
+    (path,) = selection.user_tuning_directory().glob("*.yaml")
     assert len(load(path).entries) == len(result.entries) + len(more.entries)
 
 

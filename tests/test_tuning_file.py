@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import time
 from datetime import date
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +22,17 @@ from lmkan_gen.families import family
 from lmkan_gen.problem import Operation, Problem
 from lmkan_gen.resources import resource_directory
 from lmkan_gen.text import unprintable
-from lmkan_gen.tuning_file import SCHEMA_FILE, TuningFile, TuningFileError, dump, load, merge, save
+from lmkan_gen.tuning_file import (
+    SCHEMA_FILE,
+    ShapeRecord,
+    TuningFile,
+    TuningFileError,
+    dump,
+    load,
+    merge,
+    save,
+    update,
+)
 
 PARAMETERS = {name: values[0] for name, values in family("row_vector").space(Operation.FORWARD).items()}
 
@@ -357,6 +369,44 @@ def test_merge_replaces_equal_keys_only(tmp_path: Path) -> None:
     merged = merge(old, new)
     assert {e.shape.batch: e.time_us.median for e in merged.entries} == {1000: 1.0, 31: 10.5, 77: 10.5}
     assert merged.provenance.torch == "2.14.0"
+
+
+def test_merge_keeps_what_is_not_to_be_replaced(tmp_path: Path) -> None:
+    old = load(write(tmp_path, content()))
+    new = load(write(tmp_path, changed(entries__0__time_us__median=1.0)))
+    slower = merge(old, new, lambda there, coming: there.time_us.median > coming.time_us.median)
+    assert {e.shape.batch: e.time_us.median for e in slower.entries} == {1000: 10.5, 31: 10.5}
+
+
+def _add(path: Path, batches: range) -> None:
+    file = load(path)
+    for batch in batches:
+        shape = ShapeRecord(inputs=64, outputs=32, grids=10, batch=batch)
+        entry = file.entries[0].model_copy(update={"shape": shape})
+        update(path, file.model_copy(update={"entries": (entry,)}))
+
+
+def test_several_processes_add_to_one_file(tmp_path: Path) -> None:
+    path = write(tmp_path, content())
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_add, args=(path, range(start, start + 6))) for start in (2000, 3000, 4000)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    expected = {31, 1000, *range(2000, 2006), *range(3000, 3006), *range(4000, 4006)}
+    assert {e.shape.batch for e in load(path).entries} == expected
+    assert [p.name for p in tmp_path.glob("*.yaml")] == [path.name]
+
+
+def test_a_file_that_another_process_keeps_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, content())
+    monkeypatch.setattr("lmkan_gen.tuning_file._LOCK_S", 0.1)
+    with FileLock(tmp_path / f".{path.name}.lock"), pytest.raises(OSError, match=r"some_cpu.*--resume"):
+        update(path, load(path))
 
 
 def test_merge_refuses_another_device(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from optuna.storages import BaseStorage
+from pydantic import ValidationError
 
 from lmkan_gen import __version__, dispatch, selection, toolchain
 from lmkan_gen import device as devices
@@ -25,7 +26,7 @@ from lmkan_gen.tuner.search import ProblemSearch
 from lmkan_gen.tuner.space import Candidate, Space, explore
 from lmkan_gen.tuner.study import Study, study_name
 from lmkan_gen.tuner.worker import Rejected, Worker, WorkerFailed
-from lmkan_gen.tuning_file import Entry, Provenance, TuningFile, load, merge, save
+from lmkan_gen.tuning_file import Entry, Provenance, ShapeRecord, TuningFile, load, update
 
 QUICK_TRIALS = 16
 FULL_TRIALS = 400
@@ -60,7 +61,8 @@ def tune(
         trials: candidates to try per shape and operation.
         time_budget: seconds for the whole run, shared evenly; None: as long as it takes. At least
             one candidate (what is in use, or else the default) is always measured.
-        output: tuning file to update, by default `default_output`. It is saved after every entry.
+        output: tuning file to update, by default `default_output`. Every entry is added when it is found;
+            other runs may be adding to the file at the same time.
         resume: go on with what an earlier, interrupted run of the same search measured.
         storage_url: share the search with every process that names the same storage (see
             `lmkan_gen.tuner.storage.shared`), on devices of one model. What is there already counts, as with
@@ -85,9 +87,8 @@ def tune(
     chip = devices.of(device)
     problems = _problems(shapes, operations, chip, table)
     output = output or default_output(chip)
-    before = load(output) if output.exists() else None
-    if before is not None:
-        _require_same_device(before, chip, output)
+    if output.exists():
+        _require_same_device(load(output), chip, output)
     shared = None if storage_url is None else storage.shared(storage_url)
     run = _Run(device, trials, resume, shared, observer or Observer())
     deadline = None if time_budget is None else time.monotonic() + time_budget
@@ -99,8 +100,9 @@ def tune(
             if entry is None:
                 continue
             run.entries.append(entry)
-            result = TuningFile.make(chip, _provenance(problem, entry, device), tuple(run.entries))
-            save(output, merge(before, result) if before else result)
+            provenance = _provenance(problem, entry, device)
+            update(output, TuningFile.make(chip, provenance, (entry,)))
+            result = TuningFile.make(chip, provenance, tuple(run.entries))
             selection.clear_caches()  # this entry seeds the next searches
             run.keep_record(result, worker)
             run.observer.finished(problem, entry)
@@ -139,7 +141,19 @@ def _problems(
     for problem in problems:
         if problem.shape.batch < 1:
             raise ValueError(f"batch must be at least 1 to be timed, got shape {problem.shape}")
+        _require_that_a_file_holds(problem.shape)
     return problems
+
+
+def _require_that_a_file_holds(shape: LayerShape) -> None:
+    """Better now than after the measurements."""
+    try:
+        ShapeRecord.of(shape)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"shape {shape} cannot be kept in a tuning file: {first['loc'][0]}: {first['msg']}"
+        ) from None
 
 
 def _require_same_device(file: TuningFile, chip: devices.Device, path: Path) -> None:
