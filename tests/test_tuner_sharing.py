@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import platform
@@ -277,6 +278,45 @@ def test_a_line_cut_short_is_dropped(faulty: Space, tmp_path: Path) -> None:
     assert other is not None
     again.tell(other, Timing((6.0,)))
     assert len(Study(faulty, 6, storage.shared(str(journal))).results) == 2
+
+
+def test_a_line_that_is_cut_short_while_others_work(
+    faulty: Space, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A full disk, say. Who opened the journal before goes on, and so does who comes later."""
+    journal = tmp_path / "study.journal"
+    pretend(monkeypatch, "elsewhere", 1, 1.0)
+    one = Study(faulty, 6, storage.shared(str(journal)), shared=True)
+    pretend(monkeypatch, "elsewhere", 2, 2.0)
+    two = Study(faulty, 6, storage.shared(str(journal)), shared=True)
+    for number, study_ in enumerate((one, two, one, two)):
+        with journal.open("ab") as stream:
+            stream.write(b'{"op_code":4,"worker_')
+        candidate = study_.ask()
+        assert candidate is not None
+        study_.tell(candidate, Timing((5.0 + number,)))
+    assert len(measured(str(journal))) == 4
+    one.refresh()
+    assert len(one.results) == 4
+
+
+def test_messages_name_the_journal(faulty: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = tmp_path / "study.journal"
+    first = Study(faulty, 6, storage.shared(str(journal)))
+    candidate = first.ask()
+    assert candidate is not None
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full_disk)
+        with pytest.raises(storage.StorageFailed, match=r"study\.journal cannot be written: .*No space left"):
+            first.tell(candidate, Timing((5.0,)))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(lines[0] + b'{"op_code":4,"wor' + b"".join(lines[1:]))  # glued by another version
+    with pytest.raises(storage.StorageFailed, match=r"study\.journal is damaged after line 1"):
+        Study(faulty, 6, storage.shared(str(journal)))
+
+
+def full_disk(_: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_private_search_is_for_one_process(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -17,8 +19,8 @@ from sqlalchemy.exc import DBAPIError
 _LOCK_S = 10
 
 
-class StorageFailed(RuntimeError):
-    """Studies cannot be kept where they should be; the message says why."""
+class StorageFailed(OSError):
+    """Studies cannot be kept where they should be; the message says where and why."""
 
 
 @contextmanager
@@ -96,24 +98,54 @@ def _database(url: str) -> BaseStorage:
 
 
 def _journal(path: Path) -> BaseStorage:
-    lock = JournalFileSymlinkLock(str(path), grace_period=_LOCK_S)
-    storage = JournalFileBackend(str(path), lock)
-    if not _is_whole(path):
-        # a line cut short by a kill or a full disk would make all that follows unreadable
-        lock.acquire()
+    return JournalStorage(_Journal(str(path), _RepairingLock(str(path), grace_period=_LOCK_S)))
+
+
+class _Journal(JournalFileBackend):
+    """A journal file whose errors name it."""
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        line = log_number_from
         try:
-            if not _is_whole(path):
-                content = path.read_bytes()
-                with path.open("r+b") as stream:
-                    stream.truncate(content.rfind(b"\n") + 1)
-        finally:
-            lock.release()
-    return JournalStorage(storage)
+            for log in super().read_logs(log_number_from):
+                line += 1
+                yield log
+        except OSError as error:
+            raise StorageFailed(f"the journal {self._file_path} cannot be read: {error}") from error
+        except ValueError as error:
+            raise StorageFailed(
+                f"the journal {self._file_path} is damaged after line {line}: {error}; cut it there, or "
+                "begin another one"
+            ) from error
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        try:
+            super().append_logs(logs)
+        except OSError as error:
+            raise StorageFailed(f"the journal {self._file_path} cannot be written: {error}") from error
 
 
-def _is_whole(path: Path) -> bool:
-    with path.open("rb") as stream:
-        if stream.seek(0, 2) == 0:
-            return True
-        stream.seek(-1, 2)
-        return stream.read(1) == b"\n"
+class _RepairingLock(JournalFileSymlinkLock):
+    """Before anything is appended, it drops a line that was cut short, by a kill or a full disk.
+
+    What follows would be glued to it, and the journal be unreadable from there.
+    """
+
+    def acquire(self) -> bool:
+        taken = super().acquire()
+        try:
+            _drop_torn_line(Path(self._lock_target_file))
+        except BaseException:
+            self.release()
+            raise
+        return taken
+
+
+def _drop_torn_line(path: Path) -> None:
+    with path.open("r+b") as stream:
+        if stream.seek(0, os.SEEK_END) == 0:
+            return
+        stream.seek(-1, os.SEEK_END)
+        if stream.read(1) != b"\n":
+            stream.seek(0)
+            stream.truncate(stream.read().rfind(b"\n") + 1)
