@@ -23,9 +23,11 @@ class Difference:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the times differ by no more than the larger spread."""
+        """Whether the times differ by no more than the larger spread, or a device was busy."""
         if self.a is None or self.b is None:
             return False
+        if self.a.unsteady or self.b.unsteady:
+            return True
         a, b = self.a.time_us, self.b.time_us
         return abs(a.median - b.median) <= max(a.iqr, b.iqr)
 

@@ -24,8 +24,8 @@ def export(source: Path, directory: Path) -> tuple[Path, int, int]:
         The file, how many of its entries come from ``source``, and how many it has.
 
     Raises:
-        TuningFileError: not valid, without entries, or with entries that are stale, do not fit the device,
-            or are for kernels that this version does not have.
+        TuningFileError: not valid, without entries, or with entries that are stale or unsteady, do not fit
+            the device, or are for kernels that this version does not have.
         OSError: the directory cannot be written.
     """
     file = load(source)
@@ -39,6 +39,11 @@ def export(source: Path, directory: Path) -> tuple[Path, int, int]:
         if id(entry) in stale:
             raise TuningFileError(
                 f"{what} was measured with another version of its kernel; again: {tune_command(problem)}"
+            )
+        if entry.unsteady:
+            raise TuningFileError(
+                f"{what} was measured while the device was busy or its clocks varied "
+                f"({', '.join(entry.unsteady)}); on a quiet device: {tune_command(problem)}"
             )
         if broken := family(entry.family).violations(problem, entry.parameters):
             raise TuningFileError(f"{what} does not fit {file.device.name}: {broken[0].message}")

@@ -22,6 +22,7 @@ from lmkan_gen.problem import Operation, TableDtype
 from lmkan_gen.text import printable, quoted
 from lmkan_gen.tuning_records import (
     DeviceRecord,
+    Doubt,
     Dtypes,
     Entry,
     EntryRecord,
@@ -36,6 +37,7 @@ from lmkan_gen.tuning_records import (
 __all__ = [
     "SCHEMA_FILE",
     "DeviceRecord",
+    "Doubt",
     "Dtypes",
     "Entry",
     "EntryRecord",
@@ -165,8 +167,8 @@ def dump(file: TuningFile) -> str:
     content["entries"] = [e.model_dump(mode="json") for e in entries]
     for entry in content["entries"]:
         entry["parameters"] = dict(sorted(entry["parameters"].items()))
-        for optional in ("source", "measured_on"):
-            if entry[optional] is None:
+        for optional in ("source", "measured_on", "unsteady"):
+            if not entry[optional]:
                 del entry[optional]
         entry["search"]["rejected"] = dict(sorted(entry["search"]["rejected"].items()))
     return plain_yaml.dump(content)

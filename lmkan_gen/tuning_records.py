@@ -121,11 +121,17 @@ class Search(_Model):
     rejected: Annotated[dict[Name, Count], Field(max_length=64)]
 
 
+#: why a measurement says less than others: clocks or repetitions differ, others had the cores, the search
+#: found another time, samples spread
+Doubt = Literal["clocks", "load", "repeats", "search", "spread"]
+
+
 class EntryRecord(_Model):
     """What an entry says, be it for kernels that this version has or not.
 
     ``source`` begins the SHA-256 of the rendered kernel that was timed (see `lmkan_gen.freshness`).
     ``measured_on`` names the device model that stood in where it was not the file's; times are its.
+    ``unsteady`` says in what the times show that the device was busy or its clocks varied.
     """
 
     operation: Annotated[Operation, Field(strict=False)]
@@ -135,6 +141,7 @@ class EntryRecord(_Model):
     parameters: Annotated[dict[Name, int | Name], Field(max_length=64)]
     source: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
     measured_on: Text | None = None
+    unsteady: Annotated[tuple[Doubt, ...], Field(strict=False, max_length=5)] = ()
     time_us: Times
     search: Search
 

@@ -152,6 +152,16 @@ def test_devices_of_architectures_that_no_table_lists(run: Run, shipped: Path, a
     assert f"│ {arch}" in said
 
 
+def test_no_kernel_is_zero_times_faster(run: Run, tmp_path: Path) -> None:
+    slow = Times(median=5000.0, iqr=0.1, reference=100.0)
+    path = write(tmp_path / "slow.yaml", entry(time_us=slow))
+    assert "0.02x" in run("configs", "show", str(path))[1]
+    path = write(tmp_path / "busy.yaml", entry(time_us=slow, unsteady=("spread",)))
+    said = run("configs", "show", str(path))[1]
+    assert "unsteady" in said
+    assert "0.02x" not in said
+
+
 # --- names from elsewhere -------------------------------------------------------------------------
 
 
@@ -208,7 +218,8 @@ def test_shipped_schema_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_schema_accepts_what_ships_and_what_is_written(tmp_path: Path) -> None:
     checker = jsonschema.Draft202012Validator(tuning_schema.schema())
-    files = [*resources.resource_directory("tuning").glob("*.yaml"), write(tmp_path / "one.yaml", entry())]
+    written = write(tmp_path / "one.yaml", entry(unsteady=("clocks",)))
+    files = [*resources.resource_directory("tuning").glob("*.yaml"), written]
     assert len(files) > 1
     for path in files:
         assert [e.message for e in checker.iter_errors(content(path))] == []
@@ -224,6 +235,7 @@ def test_schema_accepts_what_ships_and_what_is_written(tmp_path: Path) -> None:
         {"entries": {"operation": "sideways"}},
         {"entries": {"source": "xyz"}},
         {"entries": {"parameters": {"a b": 1}}},
+        {"entries": {"unsteady": ["mood"]}},
         {"device": {"name": "\x1b[31m", "arch": "sm_89", "multiprocessors": 1, "shared_memory_per_block": 0}},
         {"device": {"name": "a", "arch": "sm_x", "multiprocessors": 1, "shared_memory_per_block": 0}},
         {"device": {"name": "a", "arch": "sm_89", "multiprocessors": 10**9, "shared_memory_per_block": 0}},
@@ -313,6 +325,10 @@ def test_export_refuses_what_is_not_worth_sharing(monkeypatch: pytest.MonkeyPatc
     wasteful = entry(parameters={**good.parameters, "pairs": 16, "outs": 32}, source=None)
     with pytest.raises(TuningFileError, match="does not fit NVIDIA GeForce RTX 4090: num_grids=8"):
         export(write(tmp_path / "big.yaml", wasteful), tmp_path / "out")
+    busy = write(tmp_path / "busy.yaml", entry(unsteady=("repeats", "spread")))
+    assert "unsteady: [repeats, spread]" in busy.read_text()
+    with pytest.raises(TuningFileError, match=r"busy or .* \(repeats, spread\); .*lmkan-gen tune"):
+        export(busy, tmp_path / "out")
     path = write(tmp_path / "stale.yaml", good)
     change_templates(monkeypatch)
     with pytest.raises(
@@ -345,6 +361,10 @@ def test_two_files_are_compared(run: Run, tmp_path: Path) -> None:
     code, said = run("inspect", "--diff", str(a), str(a))
     assert "1.00x (noise)" in said
     assert "the same" in said
+    slow = write(tmp_path / "slow.yaml", entry(time_us=Times(median=1e4, iqr=0.1)))
+    assert "0.001x" in run("inspect", "--diff", str(a), str(slow))[1]
+    slow = write(tmp_path / "slow.yaml", entry(time_us=Times(median=20, iqr=0.1), unsteady=("spread",)))
+    assert "0.5x (noise)" in run("inspect", "--diff", str(a), str(slow))[1]
     code, said = run("inspect", "--diff", str(a), str(b), "--target", "cpu")
     assert code == 2
 

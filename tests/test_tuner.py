@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,18 +23,31 @@ from torch import Tensor
 
 from lmkan_gen import device as devices
 from lmkan_gen import families, reference, selection, toolchain
+from lmkan_gen.freshness import source_digest
 from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.selection import Tier, select
-from lmkan_gen.tuner import search, storage
+from lmkan_gen.tuner import measure as measure_module
+from lmkan_gen.tuner import ranking, search, storage
+from lmkan_gen.tuner import run as run_module
 from lmkan_gen.tuner import worker as worker_module
 from lmkan_gen.tuner.measure import Timing, measure
 from lmkan_gen.tuner.progress import Observer, Progress
-from lmkan_gen.tuner.run import TuningFailed, tune
+from lmkan_gen.tuner.run import TuningFailed, is_worth_more, tune
 from lmkan_gen.tuner.space import Candidate, Space, explore
 from lmkan_gen.tuner.study import Study
 from lmkan_gen.tuner.verify import TOLERANCES, Mismatch, make_case
 from lmkan_gen.tuner.worker import Rejected, Worker
-from lmkan_gen.tuning_file import Entry, TuningFile, load
+from lmkan_gen.tuning_file import (
+    Dtypes,
+    Entry,
+    Provenance,
+    Search,
+    ShapeRecord,
+    Times,
+    TuningFile,
+    load,
+    save,
+)
 from tests.fault_family import Faulty
 
 CPU = torch.device("cpu")
@@ -44,6 +58,7 @@ PROBLEM = Problem(Operation.FORWARD, SHAPE, devices.cpu())
 @pytest.fixture(autouse=True)
 def _own_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(ranking, "PAUSE_S", 0.0)
     # shipped files name families that these tests replace
     monkeypatch.setattr("lmkan_gen.tuning_sources.resource_directory", lambda name: tmp_path / name)
     selection.clear_caches()
@@ -201,10 +216,210 @@ def test_default_is_kept_inside_noise() -> None:
     noisy = Timing((100.0, 110.0, 120.0, 130.0))
     slightly_better = Timing((99.0, 109.0, 119.0, 129.0))
     much_better = Timing((50.0, 55.0, 60.0, 65.0))
-    assert search.winner({default: noisy, other: slightly_better}, default) == default
-    assert search.winner({default: noisy, other: much_better}, default) == other
-    assert search.winner({other: noisy}, default) == other
-    assert search.winner({default: noisy, other: slightly_better}, None) == other
+    assert ranking.winner({default: noisy, other: slightly_better}, default) == default
+    assert ranking.winner({default: noisy, other: much_better}, default) == other
+    assert ranking.winner({other: noisy}, default) == other
+    assert ranking.winner({default: noisy, other: slightly_better}, None) == other
+
+
+def test_samples_that_spread_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process takes every other millisecond, for a while."""
+    clock = [0.0]
+    busy_until = [0.0]
+
+    def run() -> None:
+        clock[0] += 5e-4 + (5e-3 if clock[0] < busy_until[0] and int(1e3 * clock[0]) % 2 else 0.0)
+
+    monkeypatch.setattr("lmkan_gen.tuner.measure.time.perf_counter", lambda: clock[0])
+    busy_until[0] = 0.1
+    timing = measure([run], CPU)
+    assert timing.median == pytest.approx(500.0)
+    assert timing.spread == pytest.approx(0.0)
+    clock[0], busy_until[0] = 0.0, 1e9
+    timing = measure([run], CPU)
+    assert timing.spread > measure_module.STEADY, "it does not go on for ever"
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not say who waits")
+def test_threads_that_wait_for_a_core_are_noticed() -> None:
+    """However steady the times are that a process gets beside others."""
+
+    def run() -> None:
+        end = time.thread_time() + 2e-3
+        while time.thread_time() < end:
+            pass
+
+    def rival() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", "while True: pass"])
+
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    rivals = [rival() for _ in range(2)]
+    try:
+        timing = measure([run], CPU)
+    finally:
+        for process in rivals:
+            process.kill()
+            process.wait()
+        os.sched_setaffinity(0, before)
+    assert timing.waited is not None
+    assert timing.waited > 0.3
+    assert not timing.is_quiet
+
+
+# --- the ranking ----------------------------------------------------------------------------------
+
+
+class Device:
+    """Three candidates of 100, 120 and 130 us on a device whose rounds are slowed down by given factors."""
+
+    def __init__(
+        self,
+        *slowed: float,
+        spread: float = 0.01,
+        clocks: tuple[float, ...] = (),
+        waited: float | None = None,
+    ) -> None:
+        self.candidates = [candidate("none", variant) for variant in (1, 2, 0)]
+        self.turns = 0
+        self._slowed, self._spread, self._clocks, self._waited = slowed, spread, clocks, waited
+
+    def measure(self, c: Candidate) -> Timing:
+        at = self.turns // 3
+        self.turns += 1
+        median = (130.0, 100.0, 120.0)[int(c.parameters["variant"])]
+        median *= self._slowed[at] if at < len(self._slowed) else 1.0
+        samples = tuple(median * (1 + self._spread * k) for k in (-1, -1, 0, 1, 1))
+        return Timing(samples, self._clocks[at % len(self._clocks)] if self._clocks else None, self._waited)
+
+    def rank(self, searched: float = 100.0, late: bool = False) -> ranking.Ranking:
+        known = {self.candidates[0]: Timing((searched,) * 5)}
+        return ranking.rank(self.candidates, self.candidates[2], known, self.measure, lambda: late)
+
+
+def test_a_quiet_device_is_believed_at_once() -> None:
+    device = Device()
+    found = device.rank()
+    assert (found.doubts, device.turns) == ((), 9)
+    assert [t.median for t in found.times.values()] == [100.0, 120.0, 130.0]
+    assert len(found.times[device.candidates[0]].samples) == 15
+
+
+@pytest.mark.parametrize(
+    ("device", "searched", "doubt"),
+    [
+        (Device(*[1.0, 1.3, 1.0] * 9), 100.0, "repeats"),
+        (Device(spread=0.2), 100.0, "spread"),
+        (Device(clocks=(1980.0, 1980.0, 1700.0)), 100.0, "clocks"),
+        (Device(waited=0.3), 100.0, "load"),
+        (Device(), 60.0, "search"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_busy_device_is_noticed_measured_again_and_marked(
+    device: Device, searched: float, doubt: str
+) -> None:
+    found = device.rank(searched)
+    assert (found.doubts, device.turns) == ((doubt,), 18)
+    assert found.times[device.candidates[0]].median == min(100.0, searched)
+
+
+def test_a_moment_of_noise_costs_a_repetition() -> None:
+    device = Device(1.0, 100.0, 1.0)
+    found = device.rank()
+    assert (found.doubts, device.turns) == ((), 18)
+    assert found.times[device.candidates[0]].median == 100.0
+    late = Device(1.0, 100.0, 1.0)
+    assert late.rank(late=True).doubts == ("repeats",)
+    assert late.turns == 9
+
+
+def test_what_a_quiet_search_found_is_not_lost() -> None:
+    """`--resume` on a device that is busy now."""
+    device = Device(*[150.0] * 9)
+    found = device.rank()
+    assert found.doubts == ("search",)
+    assert ranking.winner(found.times, device.candidates[2]) == device.candidates[0]
+    assert found.times[device.candidates[0]].median == 100.0
+
+
+def entry_of(median: float, iqr: float = 1.0, **changes: Any) -> Entry:
+    fields: dict[str, Any] = {
+        "operation": Operation.FORWARD,
+        "shape": ShapeRecord.of(SHAPE),
+        "dtypes": Dtypes(),
+        "family": "faulty",
+        "parameters": {"fault": "none", "variant": 0},
+        "source": "0" * 16,
+        "time_us": Times(median=median, iqr=iqr),
+        "search": Search(tried=1, rejected={}),
+    }
+    return Entry(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "stays"),
+    [
+        ({}, {"median": 90.0}, False),
+        ({}, {"median": 100.5}, False),
+        ({}, {"median": 110.0}, True),
+        ({}, {"median": 110.0, "iqr": 20.0}, False),
+        ({}, {"median": 99.0, "iqr": 20.0, "unsteady": ["spread"]}, True),
+        ({}, {"median": 70.0, "iqr": 20.0, "unsteady": ["spread"]}, False),
+        ({"unsteady": ["clocks"]}, {"median": 110.0, "iqr": 20.0}, False),
+        ({"unsteady": ["clocks"]}, {"median": 110.0}, True),
+        ({"unsteady": ["clocks"]}, {"median": 101.0, "iqr": 50.0, "unsteady": ["spread"]}, True),
+        ({"unsteady": ["clocks"]}, {"median": 99.0, "iqr": 50.0, "unsteady": ["spread"]}, False),
+        ({"source": None}, {"median": 110.0}, False),
+        ({"measured_on": "Another CPU"}, {"median": 110.0}, False),
+    ],
+)
+def test_which_of_two_measurements_is_worth_more(
+    monkeypatch: pytest.MonkeyPatch, old: dict[str, Any], new: dict[str, Any], stays: bool
+) -> None:
+    use(monkeypatch, Faulty(("none",)))
+    assert is_worth_more(entry_of(**{"median": 100.0, **old}), entry_of(**new)) == stays
+
+
+def put(output: Path, entry: Entry) -> Entry:
+    provenance = Provenance(lmkan_gen="1", compiler="gcc 1", torch="1", date=date(2026, 1, 2))
+    run = run_module._Run(CPU, 1, False, None, Observer())
+    return run.put(output, PROBLEM, TuningFile.make(devices.cpu(), provenance, (entry,)))
+
+
+def test_a_better_measurement_stays_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    use(monkeypatch, Faulty(("none",), variants=2))
+    output = tmp_path / "out.yaml"
+    fresh = source_digest(candidate("none").spec(PROBLEM))
+    good, slow = entry_of(375.0, source=fresh), entry_of(55_800.0, source=fresh)
+    assert put(output, good) == good
+    assert caplog.messages == []
+    assert put(output, slow) == good
+    assert load(output).entries == (good,)
+    (message,) = caplog.messages
+    for words in (str(output), "375 us of this kernel", "now the best took 55.8 ms", "Remove the entry"):
+        assert words in message
+    assert put(output, entry_of(400.0, parameters={"fault": "none", "variant": 1}, source=fresh)) == good
+    assert "375 us of another kernel" in caplog.messages[-1]
+    # what is measured on a device that changed, or of a kernel that did, is no measurement of today's
+    save(output, load(output).model_copy(update={"entries": (entry_of(375.0, source="1" * 16),)}))
+    assert put(output, slow) == slow
+
+
+def test_doubts_are_written_and_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    use(monkeypatch, Faulty(("none",), variants=2))
+    monkeypatch.setattr(ranking, "_doubts", lambda *_: ("spread",))
+    entry = search_with(FakeWorker(0, 0.0), 2)
+    assert entry.unsteady == ("spread",)
+    put(tmp_path / "out.yaml", entry)
+    assert load(tmp_path / "out.yaml").entries[0].unsteady == ("spread",)
+    assert "6,5,4,40: the device was busy or its clocks varied (spread)" in caplog.messages[0]
+    monkeypatch.setenv(selection.TUNING_VARIABLE, str(tmp_path / "out.yaml"))
+    assert "measured on a busy device" in select(PROBLEM).describe()
 
 
 # --- the space ------------------------------------------------------------------------------------

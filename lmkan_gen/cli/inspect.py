@@ -80,8 +80,10 @@ def inspect_command(
 def _print_differences(a: Path, b: Path) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from lmkan_gen.compare import compare
+    from lmkan_gen.text import printable
     from lmkan_gen.tuner.report import duration
     from lmkan_gen.tuning_file import load
 
@@ -89,8 +91,8 @@ def _print_differences(a: Path, b: Path) -> None:
     console = Console()
     devices = [f"{file.device.name} ({file.device.arch})" for file in (one, two)]
     if devices[0] != devices[1]:
-        console.print(f"A is of {devices[0]}, B of {devices[1]}", highlight=False, soft_wrap=True)
-    table = Table(title=f"A = {a}, B = {b}")
+        console.print(Text(f"A is of {devices[0]}, B of {devices[1]}"), soft_wrap=True)
+    table = Table(title=Text(f"A = {printable(a)}, B = {printable(b)}"))
     for heading in ("call", "shape"):
         table.add_column(heading)
     for heading in ("A", "B", "B faster"):
@@ -112,7 +114,9 @@ def _words(d: Difference) -> tuple[str, str]:
     changes = ", ".join(
         f"{name} {'-' if a is None else a} -> {'-' if b is None else b}" for name, (a, b) in d.changes.items()
     )
-    return f"{d.speedup:.2f}x{' (noise)' if d.is_noise else ''}", changes or "the same"
+    from lmkan_gen.tuner.report import ratio
+
+    return f"{ratio(d.speedup, 2)}{' (noise)' if d.is_noise else ''}", changes or "the same"
 
 
 def _text(choice: Choice, what: What) -> str:

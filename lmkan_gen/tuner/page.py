@@ -14,7 +14,7 @@ from lmkan_gen.plan import Constant
 from lmkan_gen.problem import TableDtype
 from lmkan_gen.tuner.importance import importance
 from lmkan_gen.tuner.record import ProblemRecord, RunRecord, Trial
-from lmkan_gen.tuner.report import duration
+from lmkan_gen.tuner.report import duration, ratio
 from lmkan_gen.tuner.roofline import Peaks, bound_us
 
 _COLUMNS = 3
@@ -56,6 +56,7 @@ def render(run: RunRecord) -> str:
         loader=PackageLoader("lmkan_gen.tuner", "."), undefined=StrictUndefined, autoescape=True
     )
     environment.filters["duration"] = duration
+    environment.filters["ratio"] = ratio
     environment.filters["settings"] = _settings
     return environment.get_template("page.html.j2").render(
         run=run,

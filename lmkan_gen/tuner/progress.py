@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,8 @@ from lmkan_gen.problem import Problem
 from lmkan_gen.tuner.space import Candidate
 from lmkan_gen.tuner.worker import Rejected
 from lmkan_gen.tuning_file import Entry
+
+logger = logging.getLogger("lmkan_gen")
 
 Phase = Literal["compiling", "measuring", "waiting", "ranking"]
 
@@ -27,7 +30,7 @@ class Progress:
 
 
 class Observer:
-    """Hears what a tuning run does; this one ignores it."""
+    """Hears what a tuning run does; this one logs what must not pass unnoticed, and ignores the rest."""
 
     def progress(self, progress: Progress) -> None:
         """Something moved."""
@@ -37,6 +40,10 @@ class Observer:
 
     def skipped(self, problem: Problem, why: str) -> None:
         """Nothing could be tuned for ``problem``."""
+
+    def noted(self, text: str) -> None:
+        """Something about the results that a user has to know."""
+        logger.warning("%s", text)
 
     def finished(self, problem: Problem, entry: Entry) -> None:
         """``problem`` is done and its entry saved."""

@@ -17,7 +17,7 @@ from lmkan_gen.tuner.measure import Timing
 from lmkan_gen.tuner.roofline import Peaks
 from lmkan_gen.tuner.space import Candidate, Space
 from lmkan_gen.tuner.worker import Rejected
-from lmkan_gen.tuning_file import DeviceRecord, Dtypes, Entry, Provenance, Search, ShapeRecord, Times
+from lmkan_gen.tuning_file import DeviceRecord, Doubt, Dtypes, Entry, Provenance, Search, ShapeRecord, Times
 
 
 class _Record(BaseModel):
@@ -59,6 +59,7 @@ class Winner(_Record):
     parameters: dict[str, Constant]
     time_us: Times
     search: Search
+    unsteady: tuple[Doubt, ...] = ()
 
 
 class ProblemRecord(_Record):
@@ -97,6 +98,7 @@ class ProblemRecord(_Record):
                 parameters=entry.parameters,
                 time_us=entry.time_us,
                 search=entry.search,
+                unsteady=entry.unsteady,
             ),
             default=Trial.of(default, results[default]) if default and default in results else None,
             feasible=len(space.feasible),

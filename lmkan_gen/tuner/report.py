@@ -74,6 +74,10 @@ class ConsoleObserver(Observer):
         text = escape(f"{problem.operation} {problem.shape}: {why}")
         self._console.print(f"[yellow]skipped[/] {text}", highlight=False)
 
+    def noted(self, text: str) -> None:
+        """See base class."""
+        self._console.print(f"[yellow]note[/] {escape(text)}", highlight=False, soft_wrap=True)
+
 
 def summary(entries: Iterable[Entry], title: str) -> Table:
     """One row per entry: what won, and by how much."""
@@ -85,17 +89,23 @@ def summary(entries: Iterable[Entry], title: str) -> Table:
     for e in entries:
         settings = " ".join(f"{k}={v}" for k, v in sorted(e.parameters.items()))
         t = e.time_us
-        speedup = "" if t.reference is None else f"\n{t.reference / t.median:.1f}x"
+        speedup = "" if t.reference is None or e.unsteady else f"\n{ratio(t.reference / t.median)}"
+        unsteady = "\nunsteady" if e.unsteady else ""
         failed = sum(n for reason, n in e.search.rejected.items() if reason in FAILURES)
         table.add_row(
             f"{e.operation}\n{e.shape.layer}",
             Text(f"{e.family}\n{settings}"),
-            f"{duration(t.median)}\n±{duration(t.iqr)}",
+            f"{duration(t.median)}\n±{duration(t.iqr)}{unsteady}",
             duration(t.default),
             f"{duration(t.reference)}{speedup}",
             f"{e.search.tried}\n{failed}",
         )
     return table
+
+
+def ratio(value: float, decimals: int = 1) -> str:
+    """How many times faster; two digits of what is below one, so that nothing is zero times faster."""
+    return f"{value:.{decimals}f}x" if value >= 1 else f"{value:.2g}x"
 
 
 def duration(us: float | None) -> str:

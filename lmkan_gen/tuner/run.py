@@ -17,10 +17,13 @@ from pydantic import ValidationError
 from lmkan_gen import __version__, dispatch, selection, toolchain
 from lmkan_gen import device as devices
 from lmkan_gen.families import families, family
+from lmkan_gen.freshness import is_stale
 from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
+from lmkan_gen.text import printable
 from lmkan_gen.toolchain import store
 from lmkan_gen.tuner import record, storage
 from lmkan_gen.tuner.progress import Observer, Phase, Progress
+from lmkan_gen.tuner.report import duration
 from lmkan_gen.tuner.roofline import Peaks
 from lmkan_gen.tuner.search import ProblemSearch
 from lmkan_gen.tuner.space import Candidate, Space, explore
@@ -99,9 +102,9 @@ def tune(
             entry = run.tune(problem, i, len(problems), worker, share)
             if entry is None:
                 continue
-            run.entries.append(entry)
             provenance = _provenance(problem, entry, device)
-            update(output, TuningFile.make(chip, provenance, (entry,)))
+            entry = run.put(output, problem, TuningFile.make(chip, provenance, (entry,)))
+            run.entries.append(entry)
             result = TuningFile.make(chip, provenance, tuple(run.entries))
             selection.clear_caches()  # this entry seeds the next searches
             run.keep_record(result, worker)
@@ -110,6 +113,21 @@ def tune(
     if result is None:
         raise TuningFailed(f"no kernel could be tuned on {chip.name}: {'; '.join(run.failures)}")
     return result
+
+
+def is_worth_more(old: Entry, new: Entry) -> bool:
+    """Whether a measurement should not give way to a later one: it is faster by more than noise, or steadier.
+
+    What others do on a device only adds time. Not counted is what says nothing of its source, or was measured
+    on another device.
+    """
+    if old.source is None or old.measured_on is not None:
+        return False
+    was, now = old.time_us, new.time_us
+    if new.unsteady and not old.unsteady:
+        return now.median + now.iqr > was.median
+    noise = 0.0 if new.unsteady else max(was.iqr, now.iqr)
+    return now.median - was.median > noise
 
 
 def default_output(chip: devices.Device) -> Path:
@@ -222,6 +240,35 @@ class _Run:
             self.failures.append(f"{problem.operation} {problem.shape}: {why}")
             self.observer.skipped(problem, why)
         return entry
+
+    def put(self, output: Path, problem: Problem, found: TuningFile) -> Entry:
+        """Add what was found for a problem to the file; returns the entry that is there then.
+
+        What is worth less than what is there does not replace it. The observer hears of that, and of doubts.
+        """
+        (new,) = found.entries
+        what = f"{problem.operation} {problem.shape}"
+        if new.unsteady:
+            self.observer.noted(
+                f"{what}: the device was busy or its clocks varied ({', '.join(new.unsteady)}), so that time "
+                "and choice may be wrong. The file says so, and `lmkan-gen configs export` refuses it; tune "
+                "again without --resume when nothing else runs"
+            )
+
+        def keeps(old: Entry, new: Entry) -> bool:
+            return is_worth_more(old, new) and not is_stale(old, problem)
+
+        held = update(output, found, keeps)
+        (there,) = (e for e in held.entries if e.key == new.key)
+        if there != new:
+            same = (there.family, there.parameters) == (new.family, new.parameters)
+            was, now = duration(there.time_us.median), duration(new.time_us.median)
+            self.observer.noted(
+                f"{what}: {printable(output)} keeps what was measured before, {was} of "
+                f"{'this' if same else 'another'} kernel; now the best took {now}. Remove the entry to have "
+                "it replaced"
+            )
+        return there
 
     def _storage(self, space: Space) -> AbstractContextManager[BaseStorage]:
         if self.shared is not None:

@@ -14,13 +14,13 @@ from lmkan_gen.machine import usable_cores
 from lmkan_gen.toolchain import CompilerMissing, ToolchainError
 from lmkan_gen.tuner.measure import Timing
 from lmkan_gen.tuner.progress import Phase
+from lmkan_gen.tuner.ranking import Ranking, rank, winner
 from lmkan_gen.tuner.space import Candidate, Space
 from lmkan_gen.tuner.study import Study
 from lmkan_gen.tuner.worker import FAILURES, Rejected, Worker
 from lmkan_gen.tuning_file import Dtypes, Entry, Search, ShapeRecord, Times
 
 _FINALISTS = 3
-_RANKING_ROUNDS = 3
 #: candidates compiled together, at least and at most, and how often the sampler learns at least; more
 #: would delay what it learns from them
 _FEWEST_COMPILED, _MOST_COMPILED, _ROUNDS = 4, 16, 4
@@ -163,27 +163,22 @@ class ProblemSearch:
         default = self._space.default
         if default is not None and default not in finalists and default in dict(ranked):
             finalists.append(default)
-        times: dict[Candidate, Timing] = {}
-        failed: set[Candidate] = set()
-        for _ in range(_RANKING_ROUNDS if len(finalists) > 1 else 1):
-            for candidate in finalists:
-                if candidate in failed:
-                    continue
-                self._tell("ranking", self._total)
-                result = self._measure(candidate, check=False, best_us=None)
-                if isinstance(result, Rejected):
-                    failed.add(candidate)
-                    self._on_rejected(candidate, result)
-                else:
-                    times[candidate] = times[candidate] + result if candidate in times else result
-        times = {c: t for c, t in times.items() if c not in failed}
-        if not times:
+        found = rank(finalists, default, dict(ranked), self._measure_again, self._late)
+        if not found.times:
             return None
-        self.ranking = times
-        return self._entry(winner(times, default), times)
+        self.ranking = found.times
+        return self._entry(winner(found.times, default), found)
 
-    def _entry(self, best: Candidate, times: dict[Candidate, Timing]) -> Entry:
-        default = self._space.default
+    def _measure_again(self, candidate: Candidate) -> Timing | None:
+        self._tell("ranking", self._total)
+        result = self._measure(candidate, check=False, best_us=None)
+        if isinstance(result, Rejected):
+            self._on_rejected(candidate, result)
+            return None
+        return result
+
+    def _entry(self, best: Candidate, found: Ranking) -> Entry:
+        default, times = self._space.default, found.times
         reference = self._worker.time_reference(self._problem)
         rejected = Counter(r.reason for r in self._study.results.values() if isinstance(r, Rejected))
         return Entry(
@@ -199,20 +194,12 @@ class ProblemSearch:
                 default=_rounded(times[default].median) if default in times else None,
                 reference=None if reference is None else _rounded(reference),
             ),
+            unsteady=found.doubts,
             search=Search(
                 tried=len(self._study.results),
                 rejected={**self._space.rejected, **{reason: rejected[reason] for reason in FAILURES}},
             ),
         )
-
-
-def winner(times: dict[Candidate, Timing], default: Candidate | None) -> Candidate:
-    """The fastest candidate, or the default when it is no slower than the noise of either."""
-    best = min(times, key=lambda c: times[c].median)
-    if default is None or default not in times:
-        return best
-    noise = max(times[best].iqr, times[default].iqr)
-    return default if times[default].median - times[best].median <= noise else best
 
 
 def _spilling(binary: toolchain.Binary) -> list[str]:
