@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -193,6 +194,53 @@ def test_usage(run: Run, tmp_path: Path) -> None:
     code, said = run("cache", "load", str(tmp_path / "no.zip"))
     assert code == 1
     assert "no bundle" in said
+
+
+def test_what_a_bundle_brought_is_listed_verified_and_removed(
+    run: Run, packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    no_compiler(monkeypatch, tmp_path)
+    bundle.load(packed)
+    (directory,) = store.bundled()
+    listed = run("cache", "list")[1]
+    assert directory.name[:8] in listed
+    assert f"from bundle {directory.parent.parent.name[:8]}" in listed
+    assert "1 kernels (1 from bundles)" in run("doctor", "--json")[1]
+    assert run("cache", "verify") == (0, f"1 of 1 kernels in {store.root()} are whole\n")
+    source = next(directory.glob("kernel.cpp"))
+    source.write_text(source.read_text() + "// more")
+    code, said = run("cache", "verify")
+    assert (code, f"{directory}: kernel.cpp was changed" in said, "0 of 1" in said) == (1, True, True)
+    (directory / "kernel.so").unlink()
+    assert f"{directory}: incomplete" in run("cache", "verify")[1]
+    assert run("cache", "clear")[1].startswith("removed 1 compiled kernels")
+    assert "no compiled kernels" in run("cache", "list")[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"compiler": "[/] [red]gcc\x1b[31m", "arch": "[bold]x"}, "[/] [red]gcc\\x1b[31m"),
+        ({"created": 7}, None),
+        ({"constants": ["a"]}, None),
+        ({"bytes": "many"}, None),
+    ],
+)
+def test_whatever_a_description_says_the_list_is_shown(
+    run: Run, packed: Path, change: dict[str, object], shown: str | None
+) -> None:
+    bundle.load(packed)
+    (directory,) = store.bundled()
+    path = directory / "entry.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    code, said = run("cache", "list")
+    assert code == 0
+    assert "\x1b[31m" not in said
+    assert shown is None or shown in said
+    path.write_text("[" * 100_000)
+    assert run("cache", "list")[0] == 0
+    assert run("cache", "verify")[0] == 1
+    assert run("doctor", "--json")[0] == 0
 
 
 def test_verify_says_what_is_damaged(run: Run) -> None:

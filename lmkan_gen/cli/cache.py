@@ -31,7 +31,7 @@ def path_command() -> None:
 
 @cache_app.command("list")
 def list_command() -> None:
-    """Print the compiled kernels, newest first.
+    """Print the compiled kernels, newest first, those that bundles brought too.
 
     \b
     Example:
@@ -41,27 +41,32 @@ def list_command() -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from lmkan_gen.text import printable
     from lmkan_gen.toolchain import store
 
     entries = store.entries()
     if not entries:
         typer.echo(f"no compiled kernels in {store.root()}")
         return
-    table = Table(title=str(store.root()))
+    table = Table(title=Text(printable(store.root())))
     for heading in ("key", "target", "KiB", "created"):
         table.add_column(heading, no_wrap=True, justify="right" if heading == "KiB" else "left")
     table.add_column("kernel, compiler", overflow="fold")
     for e in entries:
         constants = ", ".join(f"{name}={value}" for name, value in sorted(e.constants.items()))
         created = e.created[:16].replace("T", " ")
-        kernel = Text(f"{e.template}: {constants}\n{e.compiler}")
-        table.add_row(e.key[:8], e.arch, f"{e.bytes / 1024:.0f}", created, kernel)
+        origin = f", from bundle {e.bundle[:8]}" if e.bundle else ""
+        what = f"{printable(f'{e.template}: {constants}')}\n{printable(e.compiler)}{origin}"
+        row = (e.key[:8], e.arch, f"{e.bytes / 1024:.0f}", created)
+        table.add_row(*(Text(printable(cell)) for cell in row), Text(what))
     Console().print(table)
 
 
 @cache_app.command("clear")
 def clear_command() -> None:
     """Remove all compiled kernels, loaded bundles and the sources kept of failed compilations.
+
+    It counts the kernels, those of bundles too.
 
     \b
     Example:
@@ -76,18 +81,20 @@ def clear_command() -> None:
 def verify_command() -> None:
     """Check that every kernel is what was compiled under its name; exit code 1 when one is not.
 
-    A damaged kernel is never used: it is compiled again when it is next needed.
+    Kernels of bundles too. A damaged one is never used: it is compiled again when it is next needed.
 
     \b
     Example:
       lmkan-gen cache verify
     """
+    from lmkan_gen.text import printable
+    from lmkan_gen.toolchain import bundle as bundles
     from lmkan_gen.toolchain import store
 
-    damaged = store.verify()
+    damaged = store.verify() + bundles.verify()
     for found in damaged:
-        typer.echo(f"{found.directory}: {found.why}", err=True)
-    checked = len(list((store.root() / "entries").glob("*")))
+        typer.echo(printable(f"{found.directory}: {found.why}"), err=True)
+    checked = store.count()
     typer.echo(f"{checked - len(damaged)} of {checked} kernels in {store.root()} are whole")
     if damaged:
         raise typer.Exit(1)

@@ -237,7 +237,9 @@ def _cache() -> str:
     from lmkan_gen.toolchain import store
 
     root, entries = store.root(), store.entries()
-    return f"{root}, {len(entries)} kernels, {sum(e.bytes for e in entries) / 2**20:.1f} MiB"
+    brought = sum(e.bundle is not None for e in entries)
+    bundled = f" ({brought} from bundles)" if brought else ""
+    return f"{root}, {len(entries)} kernels{bundled}, {sum(e.bytes for e in entries) / 2**20:.1f} MiB"
 
 
 def _tuning_file_probes() -> list[_Probe]:

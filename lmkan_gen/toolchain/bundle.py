@@ -118,6 +118,26 @@ def find(source: str, arch: str, is_cuda: bool) -> Binary | None:
     return None
 
 
+def verify() -> list[store.Damage]:
+    """What is wrong with the kernels of loaded bundles; see `store.verify`."""
+    found = []
+    for directory in store.bundled():
+        try:
+            entry = store.description(directory)
+            why = store.damage(directory, entry)
+            source = (directory / entry["source"]).read_text()
+            if (
+                why is None
+                and key(source, entry["arch"], entry["output"].endswith(".cubin")) != directory.name
+            ):
+                why = f"{entry['source']} was changed"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = f"incomplete: {error}"
+        if why is not None:
+            found.append(store.Damage(directory, why))
+    return found
+
+
 def tuning_files() -> Iterator[Path]:
     """Tuning files of the loaded bundles."""
     yield from sorted((store.root() / "bundles").glob("*/tuning/*.yaml"))

@@ -43,6 +43,15 @@ _STALE_SECONDS = 24 * 3600
 _ENTRY = "entry.json"
 _OTHERS_WRITE = 0o022
 _PROBE_BYTES = 1 << 16
+#: what `Entry` takes from a description
+_DESCRIBED = {
+    "template": str,
+    "arch": str,
+    "constants": dict,
+    "compiler": str,
+    "created": str,
+    "bytes": int,
+}
 _PLACES = ("entries", "bundles", "failed", "staging", "locks")
 _FOREIGN = "it belongs to another user, or others may write to it, and compiled code is executed"
 
@@ -71,6 +80,8 @@ class Entry:
     """ISO 8601, UTC."""
     bytes: int
     """Size of the binary."""
+    bundle: str | None = None
+    """Name of the bundle that brought it; None: it was compiled here."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +229,16 @@ def verify() -> list[Damage]:
 
 
 def description(directory: Path) -> dict[str, Any]:
-    entry = json.loads((directory / _ENTRY).read_text())
+    """What ``entry.json`` says of a kernel.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no mapping.
+    """
+    try:
+        entry = json.loads((directory / _ENTRY).read_text())
+    except RecursionError as error:
+        raise ValueError(f"{_ENTRY} is nested too deeply") from error
     if not isinstance(entry, dict):
         raise ValueError(f"{_ENTRY} is no mapping")
     return entry
@@ -306,26 +326,42 @@ def claim(keys: Iterable[str]) -> Iterator[None]:
 
 
 def entries() -> list[Entry]:
-    """All entries, newest first; unreadable ones are left out."""
+    """All compiled kernels, those of bundles too, newest first; unreadable ones are left out."""
     found = []
     for directory in (root() / "entries").glob("*"):
-        with suppress(OSError, ValueError, KeyError):
-            data = description(directory)
-            names = ("template", "arch", "constants", "compiler", "created", "bytes")
-            found.append(Entry(directory.name, directory, **{name: data[name] for name in names}))
+        found += _entry(directory, None)
+    for directory in bundled():
+        found += _entry(directory, directory.parent.parent.name)
     return sorted(found, key=lambda entry: entry.created, reverse=True)
 
 
+def _entry(directory: Path, bundle: str | None) -> list[Entry]:
+    with suppress(OSError, ValueError, KeyError):
+        data = description(directory)
+        if all(isinstance(data[name], kind) for name, kind in _DESCRIBED.items()):
+            return [Entry(directory.name, directory, **{n: data[n] for n in _DESCRIBED}, bundle=bundle)]
+    return []
+
+
+def count() -> int:
+    """How many compiled kernels there are, whole or not, those of bundles too."""
+    return len([*(root() / "entries").glob("*"), *bundled()])
+
+
+def bundled() -> Iterator[Path]:
+    """Directories of the kernels that bundles brought."""
+    yield from sorted((root() / "bundles").glob("*/kernels/*"))
+
+
 def clear() -> int:
-    """Remove entries, bundles and kept failures; returns how many entries. Builds in progress go on."""
-    removed = 0
+    """Remove entries, bundles and kept failures; returns how many kernels. Builds in progress go on."""
+    before = count()
     with staging() as rubbish:
         for name in ("entries", "failed", "bundles"):
             for directory in (root() / name).glob("*"):
                 with suppress(FileNotFoundError):
                     directory.rename(rubbish / f"{name}-{directory.name}")
-                    removed += name == "entries"
-    return removed
+    return before - count()
 
 
 def _sweep(parent: Path, older_than: float) -> None:
