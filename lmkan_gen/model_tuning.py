@@ -56,9 +56,11 @@ def tune(
     Raises:
         ValueError: the model makes no lmKAN call that kernels run, or makes them on several devices.
         lmkan_gen.tuner.run.TuningFailed: no kernel could be tuned.
+        lmkan_gen.tuner.worker.NotGuarded: called in a script on standard input, or not under the guard.
     """
-    from lmkan_gen.tuner import run
+    from lmkan_gen.tuner import run, worker
 
+    worker.refuse_in_measuring_process()  # before the model runs
     calls = _calls(model, sample_input)
     if not calls:
         raise ValueError(

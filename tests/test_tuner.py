@@ -16,6 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
+import optuna
 import pytest
 import torch
 from optuna.storages import InMemoryStorage
@@ -52,6 +53,7 @@ from tests.fault_family import Faulty
 
 CPU = torch.device("cpu")
 SHAPE = LayerShape(6, 5, 4, 40)
+LARGER = LayerShape(6, 5, 4, 41)
 PROBLEM = Problem(Operation.FORWARD, SHAPE, devices.cpu())
 
 
@@ -765,17 +767,91 @@ def test_two_runs_at_a_time_add_to_one_file(
 ) -> None:
     """Whatever another run writes while this one measures stays in the file."""
     use(monkeypatch, Faulty(("none",)))
-    other, output = LayerShape(6, 5, 4, 41), tmp_path / "out.yaml"
+    output = tmp_path / "out.yaml"
     shapes = [SHAPE, LayerShape(6, 5, 4, 42)]
 
+    notes: list[str] = []
+    monkeypatch.setattr(run_module, "_hidden", lambda problems, path: f"{len(problems)} hidden, {path}")
+
     class Meanwhile(Observer):
+        def noted(self, text: str) -> None:
+            notes.append(text)
+
         def finished(self, problem: Problem, entry: Entry) -> None:
             if problem.shape == SHAPE:
-                tune([other], CPU, output=output)
+                put(output, entry_of(10.0, shape=ShapeRecord.of(LARGER)))
 
     result = tune(shapes, CPU, output=output, observer=Meanwhile())
     assert [e.shape.layer for e in result.entries] == shapes
-    assert {e.shape.layer for e in load(output).entries} == {*shapes, other}
+    assert {e.shape.layer for e in load(output).entries} == {*shapes, LARGER}
+    assert notes[-1] == f"2 hidden, {output}"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_layers_do_not_get_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: bool) -> None:
+    use(monkeypatch, Faulty(("none",)))
+    output = selection.user_tuning_directory() / "b.yaml"
+    put(output, entry_of(10.0))
+    assert run_module._hidden([PROBLEM], output) is None
+    other = tmp_path / "other.yaml" if named else output.with_name("a.yaml")
+    put(other, entry_of(10.0))
+    if named:
+        monkeypatch.setenv(selection.TUNING_VARIABLE, str(other))
+    selection.clear_caches()
+    told = run_module._hidden([PROBLEM], output)
+    assert told is not None
+    assert (
+        f"do not get 1 of the entries that were just tuned: for these calls {other} is asked before" in told
+    )
+    assert ("because LMKAN_GEN_TUNING names it" in told) == named
+    for problem, file in ((PROBLEM, other), (dataclasses.replace(PROBLEM, shape=LARGER), output)):
+        assert run_module._hidden([problem], file) is None
+    assert run_module._hidden([PROBLEM], tmp_path / "nowhere.yaml") is None, "layers do not look there at all"
+
+
+def test_optuna_tells_as_much_as_the_caller_wants(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, Faulty(("none",), variants=2))
+    before = optuna.logging.get_verbosity()
+    try:
+        for level in (optuna.logging.DEBUG, optuna.logging.INFO, optuna.logging.ERROR):
+            optuna.logging.set_verbosity(level)
+            drain(Study(explore(PROBLEM), 2, InMemoryStorage()), 2)
+            assert optuna.logging.get_verbosity() == level
+    finally:
+        optuna.logging.set_verbosity(before)
+    assert "study" not in capsys.readouterr().err
+
+
+SCRIPT = """
+import sys
+import torch
+import lmkan_gen
+from lmkan_gen import LMKAN2DLayer
+layer = LMKAN2DLayer(num_grids=4, input_dim=6, output_dim=5)
+lmkan_gen.tune(layer, torch.randn(6, 40), forward_only=True, trials=1)
+"""
+
+
+@pytest.mark.parametrize("where", ["file", "stdin"])
+def test_a_script_without_a_guard_is_told_so(tmp_path: Path, where: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    root = str(Path(__file__).parent.parent)
+    ran = subprocess.run(
+        [sys.executable, *([str(script)] if where == "file" else ["-"])],
+        input=SCRIPT if where == "stdin" else "",
+        env={**os.environ, "XDG_CONFIG_HOME": str(tmp_path), "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert 'under `if __name__ == "__main__":`' in ran.stderr
+    assert ("<stdin> is no file" in ran.stderr) == (where == "stdin")
+    assert ran.stderr.count("Traceback") == 1, "the measuring process says nothing"
+    assert not list(tmp_path.glob("**/*.yaml"))
 
 
 def test_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, journals: Path) -> None:

@@ -28,8 +28,11 @@ from lmkan_gen.tuner.roofline import Peaks
 from lmkan_gen.tuner.search import ProblemSearch
 from lmkan_gen.tuner.space import Candidate, Space, explore
 from lmkan_gen.tuner.study import Study, study_name
-from lmkan_gen.tuner.worker import Rejected, Worker, WorkerFailed
+from lmkan_gen.tuner.worker import Rejected, Worker, WorkerFailed, refuse_in_measuring_process
 from lmkan_gen.tuning_file import Entry, Provenance, ShapeRecord, TuningFile, load, update
+
+#: times that differ by less, as a part of one, are no reason to keep the older one
+_SAME = 0.05
 
 QUICK_TRIALS = 16
 FULL_TRIALS = 400
@@ -78,11 +81,13 @@ def tune(
     Raises:
         CompilerMissing: nothing can be compiled for the device here.
         TuningFailed: no entry came about.
+        NotGuarded: called in a script on standard input, or not under the guard.
         StorageFailed: ``storage_url`` cannot be opened.
         TuningFileError: ``output`` exists and is not a tuning file of this device.
         ValueError: a batch or ``trials`` is below 1.
         OSError: ``output`` cannot be written.
     """
+    refuse_in_measuring_process()
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}")
     if device.type == "cuda" and device.index is None:
@@ -105,14 +110,42 @@ def tune(
             provenance = _provenance(problem, entry, device)
             entry = run.put(output, problem, TuningFile.make(chip, provenance, (entry,)))
             run.entries.append(entry)
+            run.found.append(problem)
             result = TuningFile.make(chip, provenance, tuple(run.entries))
             selection.clear_caches()  # this entry seeds the next searches
             run.keep_record(result, worker)
             run.observer.finished(problem, entry)
     dispatch.clear_caches()
+    if (hidden := _hidden(run.found, output)) is not None:
+        run.observer.noted(hidden)
     if result is None:
         raise TuningFailed(f"no kernel could be tuned on {chip.name}: {'; '.join(run.failures)}")
     return result
+
+
+def _hidden(problems: Iterable[Problem], output: Path) -> str | None:
+    """A sentence when layers find other files' entries before those of ``output`` for some of the problems.
+
+    None where they do not, or do not look into ``output`` at all.
+    """
+    if not any(source.path.absolute() == output.absolute() for source in selection.sources()):
+        return None
+    hiding: dict[selection.Source, int] = {}
+    for problem in problems:
+        choice = next(selection.tuned_choices(problem), None)
+        if choice is None or choice.evidence is None or choice.tier is not selection.Tier.EXACT:
+            continue
+        source = choice.evidence.source
+        if source.path.absolute() != output.absolute():
+            hiding[source] = hiding.get(source, 0) + 1
+    if not hiding:
+        return None
+    source, count = max(hiding.items(), key=lambda item: item[1])
+    why = f", because {selection.TUNING_VARIABLE} names it" if source.origin == "environment" else ""
+    return (
+        f"layers do not get {count} of the entries that were just tuned: for these calls "
+        f"{printable(source.path)} is asked before {printable(output)}{why}"
+    )
 
 
 def is_worth_more(old: Entry, new: Entry) -> bool:
@@ -126,7 +159,7 @@ def is_worth_more(old: Entry, new: Entry) -> bool:
     was, now = old.time_us, new.time_us
     if new.unsteady and not old.unsteady:
         return now.median + now.iqr > was.median
-    noise = 0.0 if new.unsteady else max(was.iqr, now.iqr)
+    noise = 0.0 if new.unsteady else max(was.iqr, now.iqr, _SAME * was.median)
     return now.median - was.median > noise
 
 
@@ -201,6 +234,7 @@ class _Run:
     shared: BaseStorage | None
     observer: Observer
     entries: list[Entry] = field(default_factory=list)
+    found: list[Problem] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     records: list[record.ProblemRecord] = field(default_factory=list)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))

@@ -9,7 +9,7 @@ import random
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 
 import optuna
@@ -65,13 +65,13 @@ class Study:
         # processes that draw alike would suggest alike
         seed = zlib.crc32(self._owner.encode()) if shared else 0
         name = study_name(space)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            sampler=optuna.samplers.TPESampler(seed=seed),
-            load_if_exists=True,
-        )
+        with _no_news_from_optuna():
+            self._study = optuna.create_study(
+                storage=storage,
+                study_name=name,
+                sampler=optuna.samplers.TPESampler(seed=seed),
+                load_if_exists=True,
+            )
         self._storage = storage
         self._id = storage.get_study_id_from_name(name)
         self._closed: set[int] = set()
@@ -258,6 +258,17 @@ def study_name(space: Space) -> str:
     """Of the study that searches ``space``: the same wherever it is the same search."""
     problem = space.problem
     return f"{problem.operation}-{problem.shape}-{space.fingerprint()[:16]}".replace(",", "x")
+
+
+@contextmanager
+def _no_news_from_optuna() -> Iterator[None]:
+    """Optuna tells of every study that it makes; how much it tells otherwise is the caller's choice."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def _this_process() -> str:

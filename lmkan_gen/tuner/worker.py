@@ -7,9 +7,11 @@ does not answer is killed and another one started when there is more to measure.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import resource
 import signal
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -45,6 +47,32 @@ class Rejected(Exception):
 
 class WorkerFailed(RuntimeError):
     """The measuring process cannot even be set up for a problem."""
+
+
+class NotGuarded(RuntimeError):
+    """The measuring process cannot import the script that tunes; the message says what the script needs."""
+
+
+#: exit code of a measuring process in which the script, imported again, came to tune
+_CAME_TO_TUNE = 77
+_GUARD = (
+    "tuning starts a measuring process, which imports the script again; so what the script does has to stand "
+    'under `if __name__ == "__main__":`'
+)
+
+
+def refuse_in_measuring_process() -> None:
+    """End this process if it is a measuring one that only imports the script; the other one says why."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(_CAME_TO_TUNE)
+
+
+def _require_script() -> None:
+    """A script on standard input is nothing that another process could import."""
+    main = sys.modules.get("__main__")
+    path = getattr(main, "__file__", None)
+    if path is not None and getattr(main, "__spec__", None) is None and not os.path.exists(path):
+        raise NotGuarded(f"{path} is no file, so save the script: {_GUARD}")
 
 
 @dataclass(frozen=True)
@@ -88,6 +116,8 @@ _Reply = Timing | float | Peaks | None | _Failure
 class Worker:
     """A measuring process for one device; use it as a context manager.
 
+    Entering it, and what asks the process, raises `NotGuarded` where the process cannot import the script.
+
     Args:
         device: where candidates run.
         candidate_s: seconds after which a candidate counts as hanging.
@@ -101,6 +131,7 @@ class Worker:
         self._problem: Problem | None = None
 
     def __enter__(self) -> Worker:
+        _require_script()
         return self
 
     def __exit__(
@@ -184,6 +215,8 @@ class Worker:
             self._process.join(5)
             code = self._process.exitcode
             self.stop()
+            if code == _CAME_TO_TUNE:
+                raise NotGuarded(_GUARD) from None
             return _Failure("crash", f"the measuring process died ({_exit(code)})", fatal=True)
         if isinstance(reply, _Failure) and reply.fatal:
             self.stop()
