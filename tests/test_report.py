@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import random
@@ -32,18 +34,29 @@ class Page(HTMLParser):
         super().__init__()
         self.fetched: list[str] = []
         self.words: list[str] = []
+        self.scripts: list[str] = []
+        self.policy: dict[str, list[str]] = {}
         self._inside = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._inside = tag
+        named = dict(attrs)
+        if named.get("http-equiv") == "Content-Security-Policy":
+            assert not self.scripts, "it is not for scripts ahead of it"
+            rules = (rule.split() for rule in (named["content"] or "").split(";"))
+            self.policy = {name: values for name, *values in rules}
+        if tag == "script":
+            self.scripts.append("")
         self.fetched += [v for n, v in attrs if n == LOADING.get(tag) and v]
 
     def handle_endtag(self, tag: str) -> None:
         self._inside = ""
 
     def handle_data(self, data: str) -> None:
-        if self._inside not in ("script", "style"):
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
             self.words += data.split()
 
     @property
@@ -100,6 +113,11 @@ def test_a_run_is_recorded_and_reported(
     ):
         assert words in shown.text
     assert output.read_text().count("Plotly.newPlot(") >= 2
+    assert shown.policy["default-src"] == ["'none'"]
+    digests = (hashlib.sha256(script.encode()).digest() for script in shown.scripts)
+    expected = {f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests}
+    assert set(shown.policy["script-src"]) == expected, "its own scripts, and no others"
+    assert len(expected) >= 3
 
 
 def test_hostile_text_stays_text(run_record: record.RunRecord) -> None:
