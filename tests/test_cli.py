@@ -363,3 +363,8 @@ def test_doctor_survives_whatever_is_broken(
 
     monkeypatch.setattr(selection, "sources", broken)
     assert findings(run)["tuning files"]["status"] == "problem"
+    (tmp_path / "bad.yaml").rename(bad := tmp_path / "[red]\x1b[31m.yaml")
+    monkeypatch.setattr(selection, "sources", lambda: [selection.Source("user", bad)])
+    said = run("doctor").out
+    assert "[red]\\x1b[31m.yaml: surprise: unknown key" in said
+    assert "\x1b[31m" not in said

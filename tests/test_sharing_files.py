@@ -15,6 +15,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from rich.console import Console
 
 from lmkan_gen import device as devices
 from lmkan_gen import resources, selection, tuning_schema
@@ -23,6 +24,9 @@ from lmkan_gen.families import family
 from lmkan_gen.freshness import source_digest, stale_entries
 from lmkan_gen.problem import LayerShape, Operation, Problem
 from lmkan_gen.selection import Tier, select
+from lmkan_gen.tuner.report import ConsoleObserver
+from lmkan_gen.tuner.space import Candidate
+from lmkan_gen.tuner.worker import Rejected
 from lmkan_gen.tuning_file import (
     DeviceRecord,
     Dtypes,
@@ -175,6 +179,16 @@ def test_names_are_shown_as_they_are(run: Run, shipped: Path, name: str) -> None
         assert "[red].yaml" in said
     findings = json.loads(run("doctor", "--json")[1])
     assert any(name in f["detail"] and f["status"] == "ok" for f in findings)
+
+
+def test_what_a_compiler_says_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    observer = ConsoleObserver(Console(width=200))
+    observer.rejected(PROBLEM, Candidate.make("faulty", {}), Rejected("compile", "[/] a\x1b[31m[b]"))
+    observer.skipped(PROBLEM, "[/] nothing")
+    observer.noted("[/] something")
+    said = capsys.readouterr().out
+    for words in ("[/] a\\x1b[31m[b]", "[/] nothing", "[/] something"):
+        assert words in said
 
 
 @pytest.mark.parametrize(

@@ -69,13 +69,16 @@ def doctor_command(
     from rich.table import Table
     from rich.text import Text
 
+    from lmkan_gen.text import printable
+
     style = {Status.OK: "green", Status.MISSING: "yellow", Status.PROBLEM: "red"}
     table = Table(show_header=False, box=None)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for f in findings:
-        table.add_row(Text(f.topic), Text(f.status, style=style[f.status]), Text(f.detail))
+        detail = "\n".join(map(printable, f.detail.splitlines()))
+        table.add_row(Text(f.topic), Text(f.status, style=style[f.status]), Text(detail))
     Console().print(table)
 
 

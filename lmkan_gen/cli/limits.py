@@ -34,6 +34,7 @@ def limits_command(
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from lmkan_gen.limits import limits
     from lmkan_gen.problem import TableDtype
@@ -48,7 +49,7 @@ def limits_command(
             "cpu kernels have no limit on num_grids; choose sm_75 ... sm_120", param_hint="--target"
         )
     memory = f"{chip.shared_memory_per_block // 1024} KiB per block"
-    rows = Table(title=f"{chip.name} ({chip.arch}, {memory}), {table} tables")
+    rows = Table(title=Text(f"{chip.name} ({chip.arch}, {memory}), {table} tables"))
     for heading in ("operation", "family", "tile", "variant"):
         rows.add_column(heading)
     rows.add_column("max num_grids", justify="right")

@@ -109,13 +109,14 @@ def tune_command(
     from rich.console import Console
 
     from lmkan_gen import device as devices
+    from lmkan_gen.text import printable
     from lmkan_gen.tuner.report import ConsoleObserver, summary
     from lmkan_gen.tuner.run import FULL_TRIALS, QUICK_TRIALS, default_output, tune
 
     chip = devices.of(chosen)
     target = output or default_output(chip)
     console = Console()
-    console.print(f"tuning for {chip.name} ({chip.arch}), writing {target}", highlight=False, soft_wrap=True)
+    typer.echo(f"tuning for {chip.name} ({chip.arch}), writing {printable(target)}")
     with ConsoleObserver(console) as observer:
         result = tune(
             shapes,

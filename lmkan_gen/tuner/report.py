@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lmkan_gen.problem import Problem
+from lmkan_gen.text import printable
 from lmkan_gen.tuner.progress import Observer, Progress
 from lmkan_gen.tuner.space import Candidate
 from lmkan_gen.tuner.worker import FAILURES, Rejected
@@ -66,7 +67,7 @@ class ConsoleObserver(Observer):
     def rejected(self, problem: Problem, candidate: Candidate, rejected: Rejected) -> None:
         """See base class."""
         first, *_ = str(rejected).splitlines() or [""]
-        text = escape(f"{problem.operation} {candidate}: {first}")
+        text = escape(printable(f"{problem.operation} {candidate}: {first}"))
         self._console.print(f"[yellow]{rejected.reason}[/] {text}", highlight=False)
 
     def skipped(self, problem: Problem, why: str) -> None:
