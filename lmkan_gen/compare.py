@@ -26,7 +26,7 @@ class Difference:
         """Whether the times differ by no more than the larger spread, or a device was busy."""
         if self.a is None or self.b is None:
             return False
-        if self.a.unsteady or self.b.unsteady:
+        if self.a.doubts or self.b.doubts:
             return True
         a, b = self.a.time_us, self.b.time_us
         return abs(a.median - b.median) <= max(a.iqr, b.iqr)

@@ -40,10 +40,10 @@ def export(source: Path, directory: Path) -> tuple[Path, int, int]:
             raise TuningFileError(
                 f"{what} was measured with another version of its kernel; again: {tune_command(problem)}"
             )
-        if entry.unsteady:
+        if entry.doubts:
             raise TuningFileError(
                 f"{what} was measured while the device was busy or its clocks varied "
-                f"({', '.join(entry.unsteady)}); on a quiet device: {tune_command(problem)}"
+                f"({', '.join(entry.doubts)}); on a quiet device: {tune_command(problem)}"
             )
         if broken := family(entry.family).violations(problem, entry.parameters):
             raise TuningFileError(f"{what} does not fit {file.device.name}: {broken[0].message}")

@@ -113,7 +113,7 @@ class Choice:
         tuned_for = f", tuned for {self.tuned_for}" if self.tier is Tier.NEAREST_SHAPE else ""
         tier = self.tier.replace("_", " ") + (", kernels changed since" if self.stale else "")
         table = "" if p.table is TableDtype.FLOAT32 else f" with {p.table} tables"
-        busy = ", measured on a busy device" if self.evidence and self.evidence.entry.unsteady else ""
+        busy = ", measured on a busy device" if self.evidence and self.evidence.entry.doubts else ""
         why = f"{tier}{tuned_for}, {self.source}{time}{busy}"
         return f"{p.operation} {p.shape}{table} on {p.device.name}: {what} [{why}]"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -220,7 +221,7 @@ def update(path: Path, new: TuningFile, keeps: Keeps = lambda old, new: False) -
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock beside the file, where everybody sees it who sees the file.
 
-    It belongs to the process, so that a crash releases it. It is done without where the file system has none.
+    It belongs to the process, so that a crash releases it. Where the file system has none, a warning says so.
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_S)
     try:
@@ -230,8 +231,11 @@ def _locked(path: Path) -> Iterator[None]:
             f"{printable(path)}: another process has been writing it for {_LOCK_S} s; end that and try again "
             "(`lmkan-gen tune --resume` measures nothing again)"
         ) from None
-    except (OSError, NotImplementedError):
-        pass
+    except (OSError, NotImplementedError) as error:
+        warnings.warn(
+            f"{printable(path)} cannot be locked ({error}): runs at the same time may lose entries",
+            stacklevel=4,
+        )
     try:
         yield
     finally:

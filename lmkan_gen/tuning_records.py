@@ -18,6 +18,9 @@ from lmkan_gen.problem import LayerShape, Operation, TableDtype
 from lmkan_gen.text import UNPRINTABLE
 
 SCHEMA: Literal[1] = 1
+#: interquartile range as a part of the median, at most, where nothing else uses a device (0.07 on an H200,
+#: 0.05 on CPUs, where these were quiet)
+STEADY = 0.15
 
 
 class _Model(BaseModel):
@@ -170,6 +173,12 @@ class EntryRecord(_Model):
         except ValueError as error:
             return str(error)
         return None
+
+    @property
+    def doubts(self) -> tuple[Doubt, ...]:
+        """`unsteady`, and what the times themselves show."""
+        spreads = self.time_us.iqr > STEADY * self.time_us.median
+        return tuple(sorted({*self.unsteady, "spread"})) if spreads else self.unsteady
 
     def describe(self) -> str:
         """What it is the answer to, and why this version has no such kernel, where that is so."""

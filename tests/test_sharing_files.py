@@ -161,6 +161,10 @@ def test_no_kernel_is_zero_times_faster(run: Run, tmp_path: Path) -> None:
     path = write(tmp_path / "slow.yaml", entry(time_us=slow))
     assert "0.02x" in run("configs", "show", str(path))[1]
     path = write(tmp_path / "busy.yaml", entry(time_us=slow, unsteady=("spread",)))
+    assert (
+        "unsteady: forward 64,64,8,4096, measured on a busy device (spread)"
+        in run("configs", "validate", str(path))[1]
+    )
     said = run("configs", "show", str(path))[1]
     assert "unsteady" in said
     assert "0.02x" not in said
@@ -343,6 +347,9 @@ def test_export_refuses_what_is_not_worth_sharing(monkeypatch: pytest.MonkeyPatc
     assert "unsteady: [repeats, spread]" in busy.read_text()
     with pytest.raises(TuningFileError, match=r"busy or .* \(repeats, spread\); .*lmkan-gen tune"):
         export(busy, tmp_path / "out")
+    noisy = write(tmp_path / "noisy.yaml", entry(time_us=Times(median=500.0, iqr=20_000.0)))
+    with pytest.raises(TuningFileError, match=r"busy or .* \(spread\)"):  # by a version that did not notice
+        export(noisy, tmp_path / "out")
     path = write(tmp_path / "stale.yaml", good)
     change_templates(monkeypatch)
     with pytest.raises(

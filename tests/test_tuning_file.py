@@ -409,6 +409,17 @@ def test_a_file_that_another_process_keeps_writing(tmp_path: Path, monkeypatch: 
         update(path, load(path))
 
 
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(self: FileLock) -> None:
+        raise OSError("No locks available")
+
+    path = write(tmp_path, content())
+    monkeypatch.setattr(FileLock, "acquire", no_locks)
+    with pytest.warns(UserWarning, match=r"some_cpu\.yaml cannot be locked \(No locks available\)"):
+        update(path, load(write(tmp_path, changed(entries__0__time_us__median=1.0))))
+    assert min(e.time_us.median for e in load(path).entries) == 1.0
+
+
 def test_merge_refuses_another_device(tmp_path: Path) -> None:
     old = load(write(tmp_path, content()))
     new = load(write(tmp_path, changed(device__name="Another CPU")))

@@ -120,6 +120,10 @@ def validate_command(
             invalid += bool(file.skipped)
             for record in file.skipped:
                 typer.echo(f"  passed over: {record.describe()}", err=True)
+            for entry in file.entries:
+                if entry.doubts:
+                    words = f"measured on a busy device ({', '.join(entry.doubts)})"
+                    typer.echo(f"  unsteady: {entry.operation} {entry.shape.layer}, {words}")
             for entry in stale_entries(file):
                 typer.echo(f"  stale: {entry.operation} {entry.shape.layer}, its kernel has changed since")
     if invalid:

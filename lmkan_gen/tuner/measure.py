@@ -12,15 +12,14 @@ from pathlib import Path
 
 import torch
 
+from lmkan_gen.tuning_records import STEADY
+
 _SAMPLE_US = 300.0  # clocks and launch overheads blur anything shorter
 _BUDGET_US = 150_000.0
 _MOST_SAMPLES, _FEWEST_SAMPLES = 40, 5
 _WARM_UP_S = {"cpu": 0.02, "cuda": 0.05}
 #: a candidate this much slower than the best so far is not worth an accurate time
 _HOPELESS = 3.0
-#: interquartile range as a part of the median, at most, where nothing else uses the device (0.07 on an H200,
-#: 0.05 on CPUs, where these were quiet)
-STEADY = 0.15
 #: the part of their time that threads wait for a core, at most, where they have the cores to themselves
 WAITED = 0.05
 #: how often to take samples on a device that seems busy

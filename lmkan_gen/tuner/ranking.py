@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
-from lmkan_gen.tuner.measure import STEADY, WAITED, Timing
+from lmkan_gen.tuner.measure import WAITED, Timing
 from lmkan_gen.tuner.space import Candidate
-from lmkan_gen.tuning_file import Doubt
+from lmkan_gen.tuning_records import STEADY, Doubt
 
 _ROUNDS = 3
 #: by how much, as parts, medians and clocks of one candidate may differ from round to round on a quiet device

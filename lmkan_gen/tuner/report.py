@@ -90,8 +90,8 @@ def summary(entries: Iterable[Entry], title: str) -> Table:
     for e in entries:
         settings = " ".join(f"{k}={v}" for k, v in sorted(e.parameters.items()))
         t = e.time_us
-        speedup = "" if t.reference is None or e.unsteady else f"\n{ratio(t.reference / t.median)}"
-        unsteady = "\nunsteady" if e.unsteady else ""
+        speedup = "" if t.reference is None or e.doubts else f"\n{ratio(t.reference / t.median)}"
+        unsteady = "\nunsteady" if e.doubts else ""
         failed = sum(n for reason, n in e.search.rejected.items() if reason in FAILURES)
         table.add_row(
             f"{e.operation}\n{e.shape.layer}",

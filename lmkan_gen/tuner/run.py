@@ -157,9 +157,9 @@ def is_worth_more(old: Entry, new: Entry) -> bool:
     if old.source is None or old.measured_on is not None:
         return False
     was, now = old.time_us, new.time_us
-    if new.unsteady and not old.unsteady:
+    if new.doubts and not old.doubts:
         return now.median + now.iqr > was.median
-    noise = 0.0 if new.unsteady else max(was.iqr, now.iqr, _SAME * was.median)
+    noise = 0.0 if new.doubts else max(was.iqr, now.iqr, _SAME * was.median)
     return now.median - was.median > noise
 
 
