@@ -27,6 +27,7 @@ from lmkan_gen import families, reference, selection, toolchain
 from lmkan_gen.freshness import source_digest
 from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.selection import Tier, select
+from lmkan_gen.tuner import measure as measure_module
 from lmkan_gen.tuner import ranking, search, storage
 from lmkan_gen.tuner import run as run_module
 from lmkan_gen.tuner import worker as worker_module
@@ -939,6 +940,21 @@ def test_gpu_end_to_end(journals: Path) -> None:
         assert 0.5 < e.time_us.median < 1e5
         assert e.search.rejected["verify"] == e.search.rejected["error"] == 0
         assert select(Problem(e.operation, e.shape.layer, chip)).tier is Tier.EXACT
+
+
+@pytest.mark.gpu
+def test_a_gpus_clock_is_told_by_what_it_does() -> None:
+    device = torch.device("cuda:0")
+    a = torch.randn(4096, 4096, device=device)
+    clocks = []
+    for _ in range(5):
+        for _ in range(20):
+            a @ a
+        clock = measure_module._clock(device)
+        assert clock is not None
+        clocks.append(clock)
+    assert all(300 < clock < 4000 for clock in clocks), "the first one too, which loads a module"
+    assert max(clocks[1:]) < 1.05 * min(clocks[1:]), "launches by the host are not counted"
 
 
 def test_killed_run_resumes(tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def _clock(device: torch.device) -> float | None:
         return None
     with torch.cuda.device(device):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(_CYCLES)  # the host has time to enqueue the rest, so that its launches do not count
         begin.record()
         torch.cuda._sleep(_CYCLES)
         end.record()
