@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from lmkan_gen.text import UNPRINTABLE
+from lmkan_gen.text import cleaned
 
 KIB = 1024
 #: of a multiprocessor, on every architecture
@@ -102,12 +102,7 @@ def cpu() -> Device:
     """This machine's processor."""
     level = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
     arch = level.get(torch.backends.cpu.get_cpu_capability(), "generic")
-    return Device("cpu", _clean(_cpu_name()), arch, torch.get_num_threads())
-
-
-def _clean(name: str) -> str:
-    """A vendor's name without characters that tuning files refuse."""
-    return re.sub(f"[{UNPRINTABLE}]+", " ", name).strip()[:200] or "unknown"
+    return Device("cpu", cleaned(_cpu_name()), arch, torch.get_num_threads())
 
 
 def _cpu_name() -> str:
@@ -133,7 +128,7 @@ def cuda(index: int) -> Device:
     p = torch.cuda.get_device_properties(index)
     return Device(
         "cuda",
-        _clean(p.name),
+        cleaned(p.name),
         f"sm_{p.major}{p.minor}",
         p.multi_processor_count,
         p.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # torch's stubs lack it

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from lmkan_gen import families
 from lmkan_gen.device import Device
 from lmkan_gen.problem import LayerShape, Operation, TableDtype
-from lmkan_gen.text import UNPRINTABLE
+from lmkan_gen.text import LONGEST, UNPRINTABLE
 
 SCHEMA: Literal[1] = 1
 #: interquartile range as a part of the median, at most, where nothing else uses a device (0.07 on an H200,
@@ -30,7 +30,7 @@ class _Model(BaseModel):
 #: of families, parameters and their values, limits
 Name = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)]
 #: of devices and versions
-Text = Annotated[str, Field(pattern=f"^[^{UNPRINTABLE}]+$", max_length=200)]
+Text = Annotated[str, Field(pattern=f"^[^{UNPRINTABLE}]+$", max_length=LONGEST)]
 Microseconds = Annotated[float, Field(gt=0, le=1e12)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 #: far beyond what memories hold, and far from what arithmetic cannot

@@ -411,6 +411,15 @@ def test_a_better_measurement_stays_and_that_is_said(
     assert put(output, slow) == slow
 
 
+def test_whatever_a_compiler_calls_itself_the_file_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Faulty(("none",)))
+    real = toolchain.compiler(candidate("none").spec(PROBLEM))
+    odd = dataclasses.replace(real, identity="gcc\x1b[31m" + 300 * "x")
+    monkeypatch.setattr(toolchain, "compiler", lambda spec: odd)
+    provenance = run_module._provenance(PROBLEM, entry_of(1.0), CPU)
+    assert provenance.compiler == "gcc [31m" + 192 * "x"
+
+
 def test_doubts_are_written_and_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,7 +19,7 @@ from lmkan_gen import device as devices
 from lmkan_gen.families import families, family
 from lmkan_gen.freshness import is_stale
 from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
-from lmkan_gen.text import printable
+from lmkan_gen.text import cleaned, printable
 from lmkan_gen.toolchain import store
 from lmkan_gen.tuner import record, storage
 from lmkan_gen.tuner.progress import Observer, Phase, Progress
@@ -328,9 +328,9 @@ def _provenance(problem: Problem, entry: Entry, device: torch.device) -> Provena
     spec = family(entry.family).spec(problem, entry.parameters)
     return Provenance(
         lmkan_gen=__version__,
-        compiler=toolchain.compiler(spec).identity,
+        compiler=cleaned(toolchain.compiler(spec).identity),
         driver=_driver(device),
-        torch=str(torch.__version__),
+        torch=cleaned(str(torch.__version__)),
         date=datetime.now(UTC).date(),
     )
 
@@ -344,4 +344,4 @@ def _driver(device: torch.device) -> str | None:
         said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.stdout.split("\n")[0].strip() or None
+    return cleaned(said.stdout.split("\n")[0])
