@@ -297,6 +297,7 @@ def test_what_is_no_small_regular_file_is_refused_at_once(tmp_path: Path) -> Non
         assert str(path) in str(caught.value)
 
 
+@pytest.mark.skipif(not yaml.__with_libyaml__, reason="PyYAML was built without libyaml")
 def test_a_large_file_loads_in_a_second(tmp_path: Path) -> None:
     head, _, entries = dump(load(write(tmp_path, content()))).partition("entries:\n")
     first, _, _ = entries.removeprefix("- ").partition("\n- ")
@@ -320,6 +321,7 @@ def test_a_file_does_not_grow_until_it_cannot_be_read(
     assert load(path) == file
 
 
+@pytest.mark.skipif(not yaml.__with_libyaml__, reason="PyYAML was built without libyaml")
 def test_shipped_files_do_not_hold_up_a_first_call() -> None:
     paths = list(resource_directory("tuning").glob("*.yaml"))
     start = time.process_time()
