@@ -244,12 +244,14 @@ class TuningFile(FileContent):
     @classmethod
     def of(cls, content: FileContent) -> Self:
         """``content``, with what this version has no kernels for in `skipped`."""
+        names = EntryRecord.model_fields
         fitting = [e for e in content.entries if e.misfit is None]
         file = cls(
             schema=content.schema_,
             device=content.device,
             provenance=content.provenance,
-            entries=tuple(Entry.model_construct(**dict(e)) for e in fitting),
+            # they are valid, and need not be checked again
+            entries=tuple(Entry.model_construct(**{n: getattr(e, n) for n in names}) for e in fitting),
         )
         return file.skipping(e for e in content.entries if e.misfit is not None)
 
