@@ -398,8 +398,8 @@ def _free_choice(problem: Problem) -> Choice:
 def _near_choice(problem: Problem) -> Choice | None:
     """The best founded of `tuned_choices` that says more about the problem than analysis does.
 
-    What was tuned for shapes that are far says less; so does a family that is not for this shape, of too few
-    samples, say.
+    What was tuned for shapes that are far says less; so do a family that is not for this shape, of too few
+    samples, say, and parameters that would be wasted on it, such as tiles of twice its outputs.
     """
     unwanted: dict[str, bool] = {}
     for distance, found in evidence(problem, within=_FAR):
@@ -407,7 +407,7 @@ def _near_choice(problem: Problem) -> Choice | None:
         if distance:
             if name not in unwanted:
                 unwanted[name] = family(name).preference(problem) < 0
-            if unwanted[name]:
+            if unwanted[name] or family(name).wasted(problem, found.parameters):
                 continue
         if not _violates(problem, found):
             return _tuned_choice(problem, found, distance)

@@ -325,6 +325,20 @@ def test_batch_of_zero() -> None:
     assert select(forward(LayerShape(64, 64, 10, 0))).tier is Tier.NEAREST_SHAPE
 
 
+def test_what_would_be_wasted_on_a_shape_is_not_taken_from_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    write(
+        user(),
+        GPU,
+        entry(LayerShape(128, 128, 10, 1000), tile=16),
+        entry(LayerShape(256, 64, 10, 1000), tile=4),
+    )
+    assert select(forward()).parameters["tile"] == 16
+    selection.clear_caches()
+    monkeypatch.setattr(Tiles, "wasted", lambda self, problem, parameters: parameters["tile"] == 16)
+    assert select(forward()).parameters["tile"] == 4
+    assert select(forward(LayerShape(128, 128, 10, 1000))).tier is Tier.EXACT
+
+
 def test_second_call_asks_no_family(monkeypatch: pytest.MonkeyPatch) -> None:
     first = select(forward())
 
