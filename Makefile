@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu test-clients lint format golden clean
+.PHONY: help run test test-gpu test-clients lint format golden docs clean
 
 find_python = for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done
@@ -24,6 +24,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff rewrite the sources"
 	@echo "make golden    write generated/ (shipped kernels) and tuning/schema.json anew"
+	@echo "make docs      the documentation as a site, in site/"
 	@echo "make clean     remove .venv, caches and build outputs"
 
 # The stamp is touched last: an interrupted installation starts over.
@@ -60,6 +61,9 @@ golden: $(READY)
 	$(BIN)/python -m lmkan_gen.golden
 	$(BIN)/python -m lmkan_gen.tuning_schema
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .venv-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .venv-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

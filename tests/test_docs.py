@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import lmkan_gen
+import lmkan_gen.nn
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -21,6 +27,28 @@ def run(page: str) -> dict[str, object]:
         above = text.count("\n", 0, block.start(1))
         exec(compile("\n" * above + block[1], page, "exec"), names)
     return names
+
+
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    """Broken links, names that are not there and parameters that functions lack are warnings."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(
+        command, cwd=DOCS.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    reference = "".join(page.read_text() for page in (tmp_path / "reference").rglob("*.html"))
+    for name in {*lmkan_gen.__all__, *lmkan_gen.nn.__all__} - {"__version__", "Precondition"}:
+        assert f'id="lmkan_gen.{name}"' in reference or f'id="lmkan_gen.nn.{name}"' in reference, name
+
+
+@pytest.mark.parametrize(
+    "page", [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))], ids=lambda p: p.name
+)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
 
 
 def test_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
