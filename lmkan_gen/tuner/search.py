@@ -139,8 +139,8 @@ class ProblemSearch:
             result: Timing | Rejected
             if isinstance(binary, ToolchainError):
                 result = Rejected("compile", str(binary))
-            elif spilling := _spilling(binary):
-                result = Rejected("spills", f"registers spill to memory in {', '.join(spilling)}")
+            elif kernels := spilling(binary):
+                result = Rejected("spills", f"registers spill to memory in {', '.join(kernels)}")
             else:
                 result = self._measure(candidate, check=True, best_us=self._best_us())
             if isinstance(result, Rejected):
@@ -202,7 +202,7 @@ class ProblemSearch:
         )
 
 
-def _spilling(binary: toolchain.Binary) -> list[str]:
+def spilling(binary: toolchain.Binary) -> list[str]:
     """CUDA kernels of ``binary`` that keep part of their registers in memory: never worth a measurement."""
     if binary.path.suffix != ".cubin":
         return []
