@@ -190,9 +190,7 @@ class _Thinned:
         while math.prod(map(len, values.values())) > _MOST_POINTS and (dropped := _drop(values, kept, draw)):
             values = _without(values, *dropped)
         raw = (dict(zip(values, v, strict=True)) for v in product(*values.values()))
-        points: list[Point] = [
-            p for p in raw if not (family.examine(problem, p) or family.wasted(problem, p))
-        ]
+        points: list[Point] = [p for p in raw if family.rejection(problem, p) is None]
         values = {n: [v for v in of if any(p[n] == v for p in points)] for n, of in values.items()}
         #: the largest first
         self._parts = [_Part(values, points)]

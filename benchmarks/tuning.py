@@ -25,7 +25,6 @@ from lmkan_gen.tuner.measure import Timing
 from lmkan_gen.tuner.report import duration
 from lmkan_gen.tuner.run import QUICK_TRIALS, TuningFailed, tune
 from lmkan_gen.tuner.space import explore
-from lmkan_gen.tuner.study import size
 from lmkan_gen.tuner.worker import Worker
 from lmkan_gen.tuning_file import Entry
 
@@ -59,7 +58,7 @@ def main(
         table.add_column(heading, justify="right")
     for asked in dict.fromkeys(operation or CALL_OPERATIONS):
         problem = Problem(asked, layer, devices.of(where))
-        count = size(explore(problem))
+        count = explore(problem).tally.candidates
         typer.echo(f"{asked}: {count} candidates")
         try:
             one, one_s = _search(problem, where, quick)

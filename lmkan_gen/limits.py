@@ -6,11 +6,14 @@ the layer would do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 
 from lmkan_gen.device import Device
 from lmkan_gen.families import Demand, Family, Parameters, families
+from lmkan_gen.families.walk import branches
 from lmkan_gen.problem import CALL_OPERATIONS, MIN_GRIDS, LayerShape, Operation, Problem, TableDtype
 
 TILE_SIZES = (4, 8, 16)
@@ -60,14 +63,15 @@ def limits(device: Device, table: TableDtype = TableDtype.FLOAT32) -> list[Limit
 
 
 def _family_limits(family: Family, problem: Problem) -> list[Limit]:
-    operation = problem.operation
-    named = [n for n, values in family.space(operation).items() if isinstance(values[0], str)]
-    groups: dict[_Key, list[Parameters]] = {}
-    for tile, candidates in _by_tile(family, problem).items():
-        for candidate in candidates:
-            key = (tile, tuple(str(candidate[n]) for n in named))
-            groups.setdefault(key, []).append(candidate)
-    largest = {key: _largest(family, problem, group) for key, group in groups.items()}
+    operation, space = problem.operation, family.space(problem.operation)
+    named = [n for n, values in space.items() if isinstance(values[0], str)]
+    largest: dict[_Key, int | None] = {}
+    for tile, demanded in _by_tile(family, problem).items():
+        for values in product(*(space[n] for n in named)):
+            ways = [d for d in demanded if all(d.get(n, v) == v for n, v in zip(named, values, strict=True))]
+            parts = [{**d, **dict(zip(named, values, strict=True))} for d in ways]
+            if parts:
+                largest[tile, tuple(map(str, values))] = _largest(family, problem, parts)
     shown = [i for i in range(len(named)) if _matters(i, largest)]
     rows = {
         (tile, ", ".join(f"{named[i]}={values[i]}" for i in shown)): num_grids
@@ -77,14 +81,15 @@ def _family_limits(family: Family, problem: Problem) -> list[Limit]:
 
 
 def _by_tile(family: Family, problem: Problem) -> dict[int | None, list[Parameters]]:
-    candidates: list[Parameters] = list(family.candidates(problem))
+    """What each tile size fixes, in one way or several; None: the family has no such notion."""
     if family.demanded(problem, Demand(tile_size=TILE_SIZES[0])) is None:
-        return {None: candidates}
+        return {None: [{}]}
+    space = family.space(problem.operation)
     by_tile: dict[int | None, list[Parameters]] = {}
     for tile in TILE_SIZES:
         demands = (Demand(tile_size=tile), Demand(tile_size=tile, fast_mode=True))
         fixed = [f for d in demands if (f := family.demanded(problem, d)) is not None]
-        by_tile[tile] = [c for c in candidates if any(f.items() <= c.items() for f in fixed)]
+        by_tile[tile] = [f for f in fixed if all(value in space[name] for name, value in f.items())]
     return by_tile
 
 
@@ -103,22 +108,21 @@ def _problem(operation: Operation, device: Device, table: TableDtype) -> Problem
     return Problem(operation, shape, device, table, constant=True)
 
 
-def _largest(family: Family, problem: Problem, candidates: list[Parameters]) -> int | None:
-    """By ever finer grids first: what has no room for one is not asked about those beyond its double."""
-    fitting, grids = _fitting(family, problem, candidates, MIN_GRIDS), MIN_GRIDS
-    if not fitting:
+def _largest(family: Family, problem: Problem, parts: Sequence[Parameters]) -> int | None:
+    """Of the points that have the values of one of ``parts``; asked for finer and finer grids first."""
+
+    def fits(grids: int) -> bool:
+        finer = replace(problem, shape=replace(problem.shape, grids=grids))
+        judge = partial(family.first_limit, finer)
+        space = family.space(problem.operation)
+        return any(branch.limit is None for part in parts for branch in branches(space, judge, part))
+
+    if not fits(grids := MIN_GRIDS):
         return None
     while grids < UNLIMITED:
         finer = min(2 * grids, UNLIMITED)
-        still = _fitting(family, problem, fitting, finer)
-        if not still:
+        if not fits(finer):
             # one by one: families may have reasons other than memory
-            between = range(finer - 1, grids, -1)
-            return next((g for g in between if _fitting(family, problem, fitting, g)), grids)
-        fitting, grids = still, finer
+            return next((g for g in range(finer - 1, grids, -1) if fits(g)), grids)
+        grids = finer
     return UNLIMITED
-
-
-def _fitting(family: Family, problem: Problem, candidates: list[Parameters], grids: int) -> list[Parameters]:
-    finer = replace(problem, shape=replace(problem.shape, grids=grids))
-    return [c for c in candidates if not family.examine(finer, c)]

@@ -167,7 +167,12 @@ def test_one_launch_writes_every_result_once() -> None:
     [
         (FLOAT32, {"pairs": 2}, "tile", "2 pairs x 8 words"),
         (FLOAT32, {"pairs": 16, "outs": 32}, "shared_memory", "16 pairs x 32 outputs"),
-        (FLOAT32, {"outs": 32, "samples": 2, "threads": 1024}, "shared_memory", "262144 bytes of results"),
+        (
+            FLOAT32,
+            {"outs": 32, "samples": 2, "threads": 1024},
+            "shared_memory",
+            "2 x 1024 samples need 262144 bytes",
+        ),
         (FLOAT32, {"outs": 16, "samples": 2, "threads": 1024}, "registers", "1024 threads have 64 registers"),
         (FLOAT32, {"pairs": 2, "outs": 16, "ahead": 4}, "wasted", "ahead=4"),
         (FLOAT16, {"outs": 16, "ahead": 1}, "table", "ahead=1 is odd; take 2 or 4"),

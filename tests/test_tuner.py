@@ -34,7 +34,7 @@ from lmkan_gen.tuner import worker as worker_module
 from lmkan_gen.tuner.measure import Timing, measure
 from lmkan_gen.tuner.progress import Observer, Progress
 from lmkan_gen.tuner.run import TuningFailed, is_worth_more, tune
-from lmkan_gen.tuner.space import Candidate, Space, explore
+from lmkan_gen.tuner.space import Candidate, Space, Tally, explore
 from lmkan_gen.tuner.study import Study
 from lmkan_gen.tuner.verify import TOLERANCES, Mismatch, make_case
 from lmkan_gen.tuner.worker import Rejected, Worker
@@ -440,8 +440,8 @@ def test_doubts_are_written_and_said(
 def test_space_is_pruned_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, Faulty(("none", "too_large", "wasted"), variants=4))
     space = explore(PROBLEM)
-    assert space.rejected == {"shared_memory": 4, "wasted": 4}
-    assert set(space.feasible) == {candidate("none", v) for v in range(4)}
+    assert space.tally == Tally(4, {"shared_memory": 4, "wasted": 4})
+    assert set(space.candidates()) == {candidate("none", v) for v in range(4)}
     assert space.seeds == (space.default,) == (candidate("none", 0),)
 
 
@@ -509,7 +509,7 @@ def test_small_spaces_are_searched_completely(monkeypatch: pytest.MonkeyPatch, t
     space = explore(PROBLEM)
     asked = drain(study_of(space, 9, tmp_path, resume=False), 100)
     assert asked[0] == space.default
-    assert sorted(asked) == sorted(space.feasible)
+    assert sorted(asked) == sorted(space.candidates())
 
 
 def test_large_spaces_are_sampled_without_repeats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -518,10 +518,10 @@ def test_large_spaces_are_sampled_without_repeats(monkeypatch: pytest.MonkeyPatc
     asked = drain(study_of(space, 12, tmp_path, resume=False), 12)
     assert len(set(asked)) == 12
     assert asked[0] == space.default
-    assert set(asked) <= set(space.feasible)
+    assert set(asked) <= set(space.candidates())
     # asked on, it does not stop before everything was seen
     rest = drain(study_of(space, 12, tmp_path, resume=True), 1000)
-    assert sorted([*asked, *rest]) == sorted(space.feasible)
+    assert sorted([*asked, *rest]) == sorted(space.candidates())
 
 
 def test_resume_repeats_only_the_trial_in_flight(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -541,7 +541,7 @@ def test_resume_repeats_only_the_trial_in_flight(monkeypatch: pytest.MonkeyPatch
             assert (after.reason, str(after)) == (before.reason, str(before))
     rest = drain(resumed, 100)
     assert in_flight in rest
-    assert sorted([*done, *rest]) == sorted(space.feasible)
+    assert sorted([*done, *rest]) == sorted(space.candidates())
     assert study_of(space, 8, tmp_path, resume=False).results == {}
 
 

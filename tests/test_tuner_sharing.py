@@ -157,7 +157,7 @@ def test_nothing_is_suggested_twice(faulty: Space, monkeypatch: pytest.MonkeyPat
         candidate = of.ask()
         assert candidate is not None
         asked.append(candidate)
-    assert sorted(asked) == sorted(faulty.feasible)
+    assert sorted(asked) == sorted(faulty.candidates())
     assert ours.ask() is theirs.ask() is None
     assert ours.elsewhere == 3
     theirs.tell(asked[1], Timing((7.0,)))
@@ -249,8 +249,7 @@ def test_who_is_waited_for(
 def test_seeds_that_only_one_machine_knows(faulty: Space, tmp_path: Path) -> None:
     """Tuning files differ between machines; the search they share must not."""
     strange = Candidate.make("faulty", {"fault": "none", "variant": 99})
-    feasible, seeds = (*faulty.feasible, strange), (*faulty.seeds, strange)
-    other = dataclasses.replace(faulty, feasible=feasible, seeds=seeds)
+    other = dataclasses.replace(faulty, seeds=(*faulty.seeds, strange))
     assert other.fingerprint() == faulty.fingerprint()
     url = str(tmp_path / "study.journal")
     for space in (faulty, other):

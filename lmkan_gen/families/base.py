@@ -73,16 +73,30 @@ class Family(ABC):
         of_layer = _violations(self, problem.layer, tuple(parameters.items()))
         return [*of_layer, *self.batch_violations(problem, parameters)]
 
-    def examine(self, problem: Problem, parameters: Parameters) -> list[Violation]:
-        """`violations`, of which nothing is kept: for walks through many points and layers."""
+    def rejection(self, problem: Problem, parameters: Parameters) -> str | None:
+        """The first limit that ``parameters`` break, ``wasted`` included; None where they are worth trying.
+
+        Nothing is kept, and no more parameters are read than the answer depends on: see `walk`.
+        """
+        if (limit := self.first_limit(problem, parameters)) is not None:
+            return limit
+        return "wasted" if self.wasted(problem, parameters) else None
+
+    def first_limit(self, problem: Problem, parameters: Parameters) -> str | None:
+        """The same of what cannot run, be it wasted or not."""
         if type(self).violations is not Family.violations:
-            return self.violations(problem, parameters)
-        of_layer = self.layer_violations(problem.layer, parameters)
-        return of_layer or self.batch_violations(problem, parameters)
+            return next((v.limit for v in self.violations(problem, parameters)), None)
+        for violation in self.broken(problem.layer, parameters):
+            return violation.limit
+        return next((v.limit for v in self.batch_violations(problem, parameters)), None)
 
     def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
         """Those of `violations` that every batch has."""
-        return []
+        return list(self.broken(layer, parameters))
+
+    def broken(self, layer: Layer, parameters: Parameters) -> Iterator[Violation]:
+        """The same one by one. What reads few parameters should come first."""
+        return iter(())
 
     def batch_violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
         """Those of `violations` that depend on the batch."""

@@ -60,48 +60,40 @@ class CellProduct(Family):
         gradients = cells.VALUE_BYTES[walk.layer.table] * WARP * walk.vector * _STEP
         return walk.walk_memory + walk.warps * stages * gradients
 
-    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
+    def broken(self, layer: Layer, parameters: Parameters) -> Iterator[Violation]:
         """See base class."""
         device = layer.device
-        walk, stages, blocks = _values(layer, parameters)
         if device.compute_capability < 80:
             why = f"products of half operands need sm_80 or newer, {device.name} is {device.arch}"
-            return [Violation("architecture", why)]
-        found = walk.violations()
+            yield Violation("architecture", why)
+            return
+        walk = cells.Walk.with_parameters(layer, parameters)
+        yield from walk.violations()
         if walk.ordered:
-            found.append(
-                Violation("deterministic", "segments add to the same coefficients in an order that varies")
-            )
+            yield Violation("deterministic", "segments add to the same coefficients in an order that varies")
         if walk.lanes < WARP:
-            found.append(
-                Violation(
-                    "tile",
-                    f"vector={walk.vector} gives a warp {WARP * walk.vector} outputs, "
-                    f"of {layer.shape.outputs} it would have half or less",
-                )
+            yield Violation(
+                "tile",
+                f"vector={walk.vector} gives a warp {WARP * walk.vector} outputs, "
+                f"of {layer.shape.outputs} it would have half or less",
             )
+        _, stages, blocks = _values(layer, parameters)
         need, most = self._shared_memory(walk, stages), device.shared_memory_per_multiprocessor
         if need > device.shared_memory_per_block or blocks * (need + _RESERVED) > most:
-            found.append(
-                Violation(
-                    "shared_memory",
-                    f"{blocks} blocks with segment={walk.segment}, vector={walk.vector} and stages={stages} "
-                    f"need {need} bytes of shared memory each, {device.name} has "
-                    f"{device.shared_memory_per_block} per block, {most} in all",
-                )
+            yield Violation(
+                "shared_memory",
+                f"{blocks} blocks with segment={walk.segment}, vector={walk.vector} and stages={stages} "
+                f"need {need} bytes of shared memory each, {device.name} has "
+                f"{device.shared_memory_per_block} per block, {most} in all",
             )
         # sums and coefficients of a window; records, addresses and weights
         kept = (8 * walk.with_table + 4 * walk.with_input) * walk.vector + 50
         limit = registers_per_thread(blocks * WARP * walk.warps)
         if kept > limit:
-            found.append(
-                Violation(
-                    "registers",
-                    f"{blocks} blocks leave {limit} registers a thread, vector={walk.vector} needs "
-                    f"about {kept}",
-                )
+            yield Violation(
+                "registers",
+                f"{blocks} blocks leave {limit} registers a thread, vector={walk.vector} needs about {kept}",
             )
-        return found
 
     def batch_violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
         """See base class."""

@@ -52,27 +52,23 @@ class CellSorted(Family):
         """Where tables of a tile fit into shared memory, reading them there is faster for one gradient."""
         return {Operation.BACKWARD: 0.9, Operation.GRAD_INPUT: -1.0}.get(problem.operation, 0.0)
 
-    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
+    def broken(self, layer: Layer, parameters: Parameters) -> Iterator[Violation]:
         """See base class."""
         device = layer.device
-        walk, unroll, blocks = _values(layer, parameters)
-        found = walk.violations()
+        walk = cells.Walk.with_parameters(layer, parameters)
+        yield from walk.violations()
+        _, unroll, blocks = _values(layer, parameters)
         if walk.lanes < 2 * unroll * walk.with_input:
-            found.append(
-                Violation(
-                    "lanes",
-                    f"vector={walk.vector} leaves {walk.lanes} lanes for sums of {unroll} samples "
-                    "over outputs",
-                )
+            yield Violation(
+                "lanes",
+                f"vector={walk.vector} leaves {walk.lanes} lanes for sums of {unroll} samples over outputs",
             )
         need, most = walk.walk_memory, device.shared_memory_per_multiprocessor
         if need > device.shared_memory_per_block or blocks * (need + 1024) > most:
-            found.append(
-                Violation(
-                    "shared_memory",
-                    f"{blocks} blocks with segment={walk.segment} need {need} bytes of shared memory each, "
-                    f"{device.name} has {device.shared_memory_per_block} per block, {most} in all",
-                )
+            yield Violation(
+                "shared_memory",
+                f"{blocks} blocks with segment={walk.segment} need {need} bytes of shared memory each, "
+                f"{device.name} has {device.shared_memory_per_block} per block, {most} in all",
             )
         asked = 2 * unroll * cells.VALUE_BYTES[layer.table] / 4
         kept = (
@@ -82,14 +78,11 @@ class CellSorted(Family):
         kept += 24 if device.compute_capability >= 90 else 40
         limit = registers_per_thread(blocks * WARP * walk.warps)
         if kept > limit:
-            found.append(
-                Violation(
-                    "registers",
-                    f"{blocks} blocks leave {limit} registers a thread, vector={walk.vector} and "
-                    f"unroll={unroll} need about {kept}",
-                )
+            yield Violation(
+                "registers",
+                f"{blocks} blocks leave {limit} registers a thread, vector={walk.vector} and "
+                f"unroll={unroll} need about {kept}",
             )
-        return found
 
     def batch_violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
         """See base class."""

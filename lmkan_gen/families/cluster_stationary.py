@@ -53,10 +53,14 @@ class ClusterStationary(Family):
 
     def shared_memory(self, problem: Problem, parameters: Parameters) -> int:
         """Bytes of dynamic shared memory of one block: the larger of what it has at first and in the end."""
-        v = _values(parameters)
-        tables = 4 * lanes.rows(problem) * v.pairs * v.outs // lanes.pack(problem)
-        knots = 2 * 4 * lanes.WARP * (problem.shape.grids + 1)  # with inverse spacings, a copy per lane
-        return max(tables + knots, self._parts(problem, parameters))
+        return max(self._tables(problem, parameters), self._parts(problem, parameters))
+
+    @staticmethod
+    def _tables(problem: Problem, parameters: Parameters) -> int:
+        """Bytes of a block's tables and knots."""
+        words = int(parameters["pairs"]) * int(parameters["outs"]) // lanes.pack(problem)
+        knots = 2 * lanes.WARP * (problem.shape.grids + 1)  # with inverse spacings, a copy per lane
+        return 4 * (lanes.rows(problem) * words + knots)
 
     @staticmethod
     def _parts(problem: Problem, parameters: Parameters) -> int:
@@ -65,53 +69,50 @@ class ClusterStationary(Family):
         rows = v.outs if problem.operation is Operation.FORWARD else 2 * v.pairs
         return 4 * rows * v.samples * v.threads
 
-    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
+    def broken(self, layer: Layer, parameters: Parameters) -> Iterator[Violation]:
         """See base class."""
         shape, device = layer.shape, layer.device
-        v = _values(parameters)
         if device.compute_capability < 90:
             why = f"thread-block clusters need sm_90 or newer, {device.name} is {device.arch}"
-            return [Violation("architecture", why)]
-        found = []
-        words = v.outs // lanes.pack(layer)
-        if v.pairs * words % lanes.WARP:
-            found.append(
-                Violation(
-                    "tile",
-                    f"a row of {v.pairs} pairs x {words} words is no multiple of the {lanes.WARP} banks",
-                )
+            yield Violation("architecture", why)
+            return
+        pairs, outs = int(parameters["pairs"]), int(parameters["outs"])
+        words = outs // lanes.pack(layer)
+        if pairs * words % lanes.WARP:
+            yield Violation(
+                "tile",
+                f"a row of {pairs} pairs x {words} words is no multiple of the {lanes.WARP} banks",
             )
-        if (need := self.shared_memory(layer, parameters)) > device.shared_memory_per_block:
-            found.append(
-                Violation(
-                    "shared_memory",
-                    f"num_grids={shape.grids} with a tile of {v.pairs} pairs x {v.outs} outputs, or in its "
-                    f"place {self._parts(layer, parameters)} bytes of results of {v.samples} x {v.threads} "
-                    f"samples, needs {need} bytes of shared memory per block, {device.name} has "
-                    f"{device.shared_memory_per_block}",
-                )
+        most = device.shared_memory_per_block
+        if (need := self._tables(layer, parameters)) > most:
+            yield Violation(
+                "shared_memory",
+                f"num_grids={shape.grids} with a tile of {pairs} pairs x {outs} outputs needs {need} bytes "
+                f"of shared memory per block, {device.name} has {most}",
+            )
+        v = _values(parameters)
+        if (need := self._parts(layer, parameters)) > most:
+            yield Violation(
+                "shared_memory",
+                f"results of {v.samples} x {v.threads} samples need {need} bytes of shared memory per block, "
+                f"{device.name} has {most}",
             )
         if layer.deterministic and v.splits > 1:
             why = f"{v.splits} clusters add to the same results in an order that varies, splits=1 has one"
-            found.append(Violation("deterministic", why))
+            yield Violation("deterministic", why)
         if v.ahead > v.pairs:
-            found.append(Violation("wasted", f"ahead={v.ahead} is more than the tile's {v.pairs} pairs"))
+            yield Violation("wasted", f"ahead={v.ahead} is more than the tile's {v.pairs} pairs")
         if layer.operation is Operation.FORWARD and v.ahead % 2 and lanes.pack(layer) > 1:
-            found.append(
-                Violation(
-                    "table", f"two pairs share a sum in {layer.table}, ahead={v.ahead} is odd; take 2 or 4"
-                )
+            yield Violation(
+                "table", f"two pairs share a sum in {layer.table}, ahead={v.ahead} is odd; take 2 or 4"
             )
         needed = self._registers(layer, parameters)
         if needed > (limit := registers_per_thread(v.threads)):
-            found.append(
-                Violation(
-                    "registers",
-                    f"{v.threads} threads have {limit} registers each, {v.samples} samples with a tile of "
-                    f"{v.pairs} x {v.outs} need about {needed}",
-                )
+            yield Violation(
+                "registers",
+                f"{v.threads} threads have {limit} registers each, {v.samples} samples with a tile of "
+                f"{v.pairs} x {v.outs} need about {needed}",
             )
-        return found
 
     def batch_violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
         """See base class."""

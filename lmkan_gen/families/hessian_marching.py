@@ -5,7 +5,7 @@ See the head of ``templates/hessian_marching.cu.j2`` for the idea and what bound
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from lmkan_gen.families.base import Family, Parameters, Violation
 from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan, Workspace
@@ -36,24 +36,18 @@ class HessianMarching(Family):
         """
         return {"vector": (1, 2, 4), "warps": (4, 8), "ahead": (0, 2, 4, 8)}
 
-    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
+    def broken(self, layer: Layer, parameters: Parameters) -> Iterator[Violation]:
         """See base class."""
         functions, (vector, warps) = _functions(layer), _values(parameters)
-        found = []
         if functions % vector:
-            found.append(
-                Violation("divisibility", f"vector={vector} does not divide {functions} functions per knot")
-            )
+            yield Violation("divisibility", f"vector={vector} does not divide {functions} functions per knot")
         need = 8 * (layer.shape.grids + 5) + 8 * max(_WARP * warps, _TOTAL_THREADS)
         if need > _STATIC_SHARED:
-            found.append(
-                Violation(
-                    "shared_memory",
-                    f"{layer.shape.grids} grids need {need} bytes of shared memory, at most "
-                    f"{_STATIC_SHARED} are there",
-                )
+            yield Violation(
+                "shared_memory",
+                f"{layer.shape.grids} grids need {need} bytes of shared memory, at most "
+                f"{_STATIC_SHARED} are there",
             )
-        return found
 
     def default(self, problem: Problem) -> Parameters | None:
         """Wide lanes as far as enough warps remain: they keep more bytes in flight."""

@@ -91,51 +91,44 @@ class MatrixProduct(Family):
             return tiles * samples // 2 + samples // 4 + ratios + 28
         return tiles * samples + samples // 2 + 28
 
-    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
+    def broken(self, layer: Layer, parameters: Parameters) -> Iterator[Violation]:
         """See base class."""
         shape, device = layer.shape, layer.device
         if device.compute_capability < 80:
             why = f"tensor cores for float32 need sm_80 or newer, {device.name} is {device.arch}"
-            return [Violation("architecture", why)]
-        found = []
+            yield Violation("architecture", why)
+            return
         if layer.table is TableDtype.INT8:
             if int(parameters["tiles"]) % 2:
                 why = f"int8 coefficients of 32 outputs lie together: tiles={parameters['tiles']} is odd"
-                found.append(Violation("tile", f"{why}, must be 2 or 4"))
+                yield Violation("tile", f"{why}, must be 2 or 4")
             if not layer.constant:
                 why = "int8 tables are arranged for tensor cores, which pays where they do not change"
-                found.append(Violation("constant", why))
+                yield Violation("constant", why)
         if shape.grids > _MAX_GRIDS:
-            found.append(
-                Violation(
-                    "grid", f"num_grids={shape.grids}: a cell has 4 bits per axis, at most {_MAX_GRIDS} fit"
-                )
+            yield Violation(
+                "grid", f"num_grids={shape.grids}: a cell has 4 bits per axis, at most {_MAX_GRIDS} fit"
             )
         need = self.shared_memory(layer, parameters)
         if need + _RESERVED > device.shared_memory_per_block:
-            found.append(
-                Violation(
-                    "shared_memory",
-                    f"num_grids={shape.grids}: {dict(parameters)} need {need} bytes of shared memory, "
-                    f"{device.name} has {device.shared_memory_per_block} per block",
-                )
+            yield Violation(
+                "shared_memory",
+                f"num_grids={shape.grids}: {dict(parameters)} need {need} bytes of shared memory, "
+                f"{device.name} has {device.shared_memory_per_block} per block",
             )
         limit = registers_per_thread(lanes.WARP * int(parameters["warps"]))
         if (needed := self._registers(layer, parameters)) > limit:
-            found.append(
-                Violation(
-                    "registers",
-                    f"samples={parameters['samples']} need about {needed} registers, "
-                    f"{parameters['warps']} warps have {limit} each",
-                )
+            yield Violation(
+                "registers",
+                f"samples={parameters['samples']} need about {needed} registers, "
+                f"{parameters['warps']} warps have {limit} each",
             )
         if layer.operation is Operation.FORWARD and int(parameters["slice"]) <= int(parameters["pairs"]):
             why = f"slice={parameters['slice']} is no more than pairs={parameters['pairs']}"
-            found.append(Violation("wasted", f"{why}: no weights are made ahead"))
+            yield Violation("wasted", f"{why}: no weights are made ahead")
         _, *rest = self._grid(layer, parameters)
         if max(rest) > _MAX_GRID:
-            found.append(Violation("grid", f"{rest} blocks, at most {_MAX_GRID} fit a launch"))
-        return found
+            yield Violation("grid", f"{rest} blocks, at most {_MAX_GRID} fit a launch")
 
     def batch_violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
         """See base class."""

@@ -74,74 +74,66 @@ class OutputStationary(Family):
 
     def shared_memory(self, problem: Problem, parameters: Parameters) -> int:
         """Bytes of dynamic shared memory of one block."""
-        pairs, outs, _, _, stages, _ = _values(parameters)
-        return stages * _stage_bytes(problem, pairs, outs)
+        stage = _stage_bytes(problem, int(parameters["pairs"]), int(parameters["outs"]))
+        return int(parameters["stages"]) * stage
 
-    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
+    def broken(self, layer: Layer, parameters: Parameters) -> Iterator[Violation]:
         """See base class."""
-        shape, device = layer.shape, layer.device
-        pairs, outs, samples, threads, stages, ahead = _values(parameters)
+        shape, device, forward = layer.shape, layer.device, layer.operation is Operation.FORWARD
         if device.compute_capability < 90:
             why = f"bulk copies need sm_90 or newer, {device.name} is {device.arch}"
-            return [Violation("architecture", why)]
-        found = []
+            yield Violation("architecture", why)
+            return
+        pairs, outs = int(parameters["pairs"]), int(parameters["outs"])
         words = outs // lanes.pack(layer)
         narrow_rows = lanes.half_rows(layer, pairs, outs) and layer.table is not TableDtype.INT8
         if pairs * words % lanes.WARP and not narrow_rows:
-            found.append(
-                Violation(
-                    "tile",
-                    f"a row of {pairs} pairs x {words} words is no multiple of the {lanes.WARP} banks, nor "
-                    "half of them with two knots to read from",
-                )
+            yield Violation(
+                "tile",
+                f"a row of {pairs} pairs x {words} words is no multiple of the {lanes.WARP} banks, nor "
+                "half of them with two knots to read from",
+            )
+        if layer.table is TableDtype.INT8 and pairs > SCALE_PAIRS:
+            yield Violation("table", f"int8 scales are those of {SCALE_PAIRS} pairs, not {pairs}")
+        need, most = self.shared_memory(layer, parameters), device.shared_memory_per_multiprocessor
+        blocks = int(parameters["blocks"])
+        # 1 KiB of each block's own, and the driver's share
+        if need + 1024 > device.shared_memory_per_block or blocks * (need + 2048) > most:
+            yield Violation(
+                "shared_memory",
+                f"num_grids={shape.grids}: {parameters['stages']} stages of {pairs} pairs x {outs} outputs "
+                f"need {need} bytes of shared memory, {blocks} times, {device.name} has "
+                f"{device.shared_memory_per_block} per block, {most} in all",
             )
         vector = _vector(parameters)
         places = lanes.WARP // (2 if narrow_rows else 1) // vector
         if words % vector or pairs > places:
-            found.append(
-                Violation(
-                    "tile",
-                    f"{pairs} pairs x {words} words cannot be read {vector} at a time without bank conflicts",
-                )
+            yield Violation(
+                "tile",
+                f"{pairs} pairs x {words} words cannot be read {vector} at a time without bank conflicts",
             )
         if _is_tensor(parameters):
-            found += self._tensor_violations(layer, pairs, vector)
-        blocks = int(parameters["blocks"])
-        need, most = self.shared_memory(layer, parameters), device.shared_memory_per_multiprocessor
-        # 1 KiB of each block's own, and the driver's share
-        if need + 1024 > device.shared_memory_per_block or blocks * (need + 2048) > most:
-            found.append(
-                Violation(
-                    "shared_memory",
-                    f"num_grids={shape.grids}: {stages} stages of {pairs} pairs x {outs} outputs need {need} "
-                    f"bytes of shared memory, {blocks} times, {device.name} has "
-                    f"{device.shared_memory_per_block} per block, {most} in all",
-                )
-            )
+            yield from self._tensor_violations(layer, pairs, vector)
+        ahead = int(parameters["ahead"])
         if ahead > pairs:
-            found.append(Violation("wasted", f"ahead={ahead} is more than a stage's {pairs} pairs"))
-        if layer.operation is Operation.FORWARD and ahead < min(2, pairs):
-            found.append(Violation("wasted", f"ahead={ahead} pair leaves loads no time"))
-        if layer.operation is Operation.FORWARD and ahead % 2 and lanes.pack(layer) > 1:
-            found.append(Violation("table", f"two pairs share a sum in {layer.table}, ahead={ahead} is odd"))
-        if _is_inline(layer, parameters) and layer.operation is Operation.FORWARD:
+            yield Violation("wasted", f"ahead={ahead} is more than a stage's {pairs} pairs")
+        if forward and ahead < min(2, pairs):
+            yield Violation("wasted", f"ahead={ahead} pair leaves loads no time")
+        if forward and ahead % 2 and lanes.pack(layer) > 1:
+            yield Violation("table", f"two pairs share a sum in {layer.table}, ahead={ahead} is odd")
+        if forward and _is_inline(layer, parameters):
             if ahead != pairs:
                 why = f"ahead={ahead}: inputs are asked for a stage at a time, by ahead={pairs} pairs"
-                found.append(Violation("wasted", why))
+                yield Violation("wasted", why)
             if layer.table is TableDtype.INT8:
-                found.append(Violation("table", "int8 weights come from a pre-pass"))
-        if layer.table is TableDtype.INT8 and pairs > SCALE_PAIRS:
-            found.append(Violation("table", f"int8 scales are those of {SCALE_PAIRS} pairs, not {pairs}"))
+                yield Violation("table", "int8 weights come from a pre-pass")
         needed = self._registers(layer, parameters)
         if needed > (limit := _register_limit(parameters)):
-            found.append(
-                Violation(
-                    "registers",
-                    f"{blocks} x {threads} threads have {limit} registers each, {samples} samples x {outs} "
-                    f"outputs need about {needed}",
-                )
+            yield Violation(
+                "registers",
+                f"{blocks} x {parameters['threads']} threads have {limit} registers each, "
+                f"{parameters['samples']} samples x {outs} outputs need about {needed}",
             )
-        return found
 
     def batch_violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
         """See base class."""
@@ -183,16 +175,16 @@ class OutputStationary(Family):
 
     def wasted(self, problem: Problem, parameters: Parameters) -> bool:
         """See base class."""
-        _, _, samples, threads, _, _ = _values(parameters)
+        samples, threads = int(parameters["samples"]), int(parameters["threads"])
         return (samples - 1) * threads >= problem.shape.batch or self._wasted_by_layer(problem, parameters)
 
     @staticmethod
     def _wasted_by_layer(problem: Problem, parameters: Parameters) -> bool:
         """The same for any batch."""
-        shape, (pairs, outs, *_) = problem.shape, _values(parameters)
-        if int(parameters["together"]) > _most_together(problem, parameters):
+        shape, pairs, outs = problem.shape, int(parameters["pairs"]), int(parameters["outs"])
+        if outs >= 2 * shape.outputs or pairs >= 2 * shape.pairs:
             return True
-        return outs >= 2 * shape.outputs or pairs >= 2 * shape.pairs
+        return int(parameters["together"]) > _most_together(problem, parameters)
 
     @staticmethod
     def _default_together(problem: Problem, parameters: Parameters) -> int:

@@ -5,7 +5,7 @@ See the head of ``templates/row_gather.cu.j2`` for the idea and what bounds it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from lmkan_gen.device import registers_per_thread
 from lmkan_gen.families.base import Family, Parameters, Violation
@@ -49,47 +49,37 @@ class RowGather(Family):
         few = 4 * problem.shape.batch < problem.shape.knots
         return 2.0 if few else -2.0
 
-    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
+    def broken(self, layer: Layer, parameters: Parameters) -> Iterator[Violation]:
         """See base class."""
         shape = layer.shape
         warps, vector, unroll = (int(parameters[k]) for k in ("warps", "vector", "unroll"))
-        found = []
         tile = 8 * _BYTES[layer.table] * shape.knots
         if not layer.constant and tile <= layer.device.shared_memory_per_block:
-            found.append(
-                Violation(
-                    "constant",
-                    "where the table changes from call to call its tiles are better read into shared memory, "
-                    "which has room for them",
-                )
+            yield Violation(
+                "constant",
+                "where the table changes from call to call its tiles are better read into shared memory, "
+                "which has room for them",
             )
         if vector > 1 and _WARP * (vector // 2) >= shape.outputs:
-            found.append(
-                Violation("wasted", f"vector={vector} covers {_WARP * vector} outputs of {shape.outputs}")
-            )
+            yield Violation("wasted", f"vector={vector} covers {_WARP * vector} outputs of {shape.outputs}")
         if (kept := 5 * vector * unroll + vector + 40) > registers_per_thread(_WARP):
-            found.append(Violation("registers", f"vector={vector} and unroll={unroll} need about {kept}"))
+            yield Violation("registers", f"vector={vector} and unroll={unroll} need about {kept}")
         if layer.operation is Operation.FORWARD:
             pairs = int(parameters["slice"])
             if pairs > 16 and pairs // 2 >= shape.pairs:
-                found.append(Violation("wasted", f"slice={pairs} of {shape.pairs} pairs"))
+                yield Violation("wasted", f"slice={pairs} of {shape.pairs} pairs")
             if warps * unroll > pairs:
-                found.append(
-                    Violation("wasted", f"slice={pairs} is less than {warps} warps x {unroll} pairs")
-                )
+                yield Violation("wasted", f"slice={pairs} is less than {warps} warps x {unroll} pairs")
             if (need := 20 * pairs + 4 * warps * _WARP * vector) > _SHARED_MEMORY:
-                found.append(
-                    Violation("shared_memory", f"slice={pairs} needs {need} of {_SHARED_MEMORY} bytes")
-                )
+                yield Violation("shared_memory", f"slice={pairs} needs {need} of {_SHARED_MEMORY} bytes")
             slices = -(-shape.pairs // pairs)
             if layer.deterministic and slices > 1:
-                found.append(Violation("deterministic", f"{slices} slices are added in an order that varies"))
+                yield Violation("deterministic", f"{slices} slices are added in an order that varies")
             if slices > _MAX_GRID:
-                found.append(Violation("grid", f"{slices} slices of pairs, at most {_MAX_GRID} fit a launch"))
+                yield Violation("grid", f"{slices} slices of pairs, at most {_MAX_GRID} fit a launch")
         rows = -(-shape.pairs // warps) if layer.operation is Operation.GRAD_INPUT else 1
         if max(rows, -(-shape.outputs // (_WARP * vector))) > _MAX_GRID:
-            found.append(Violation("grid", f"more than {_MAX_GRID} blocks along pairs or outputs"))
-        return found
+            yield Violation("grid", f"more than {_MAX_GRID} blocks along pairs or outputs")
 
     def default(self, problem: Problem) -> Parameters | None:
         """Wide lanes, and slices short enough to fill the device."""

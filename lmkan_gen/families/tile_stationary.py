@@ -95,62 +95,48 @@ class TileStationary(Family):
             return tables + 2 * 4 * lanes.WARP * side  # knots and inverse spacings, a copy per lane
         return tables + (4 * side if problem.operation is Operation.GRAD_INPUT else 0)
 
-    def layer_violations(self, layer: Layer, parameters: Parameters) -> list[Violation]:
+    def broken(self, layer: Layer, parameters: Parameters) -> Iterator[Violation]:
         """See base class."""
         shape, device = layer.shape, layer.device
-        pairs, outs, threads = (_integer(parameters, k) for k in ("pairs", "outs", "threads"))
-        found = []
+        pairs, outs = _integer(parameters, "pairs"), _integer(parameters, "outs")
         if layer.table is not TableDtype.FLOAT32 and device.compute_capability < 80:
-            found.append(
-                Violation(
-                    "architecture",
-                    f"{layer.table} tables need sm_80 or newer, {device.name} is {device.arch}",
-                )
+            yield Violation(
+                "architecture",
+                f"{layer.table} tables need sm_80 or newer, {device.name} is {device.arch}",
             )
         if (need := self.shared_memory(layer, parameters)) > device.shared_memory_per_block:
-            found.append(
-                Violation(
-                    "shared_memory",
-                    f"num_grids={shape.grids} with a tile of {pairs} pairs x {outs} outputs needs {need} "
-                    f"bytes of shared memory per block, {device.name} has {device.shared_memory_per_block}",
-                )
+            yield Violation(
+                "shared_memory",
+                f"num_grids={shape.grids} with a tile of {pairs} pairs x {outs} outputs needs {need} "
+                f"bytes of shared memory per block, {device.name} has {device.shared_memory_per_block}",
             )
         if (ahead := _integer(parameters, "ahead", absent=1)) > pairs:
-            found.append(Violation("wasted", f"ahead={ahead} is more than the tile's {pairs} pairs"))
+            yield Violation("wasted", f"ahead={ahead} is more than the tile's {pairs} pairs")
         if layer.deterministic and layer.operation is Operation.BACKWARD:
-            found.append(
-                Violation("deterministic", "several warps add to the same element in an order that varies")
-            )
+            yield Violation("deterministic", "several warps add to the same element in an order that varies")
         if layer.table is TableDtype.INT8 and (
             pairs > 2 * SCALE_PAIRS or _coordinates(parameters) != "prepass"
         ):
-            found.append(
-                Violation(
-                    "table",
-                    f"int8 tables need coordinates=prepass, which marks far inputs, and at most "
-                    f"{2 * SCALE_PAIRS} pairs, not {_coordinates(parameters)} and {pairs}",
-                )
+            yield Violation(
+                "table",
+                f"int8 tables need coordinates=prepass, which marks far inputs, and at most "
+                f"{2 * SCALE_PAIRS} pairs, not {_coordinates(parameters)} and {pairs}",
             )
-        needed = self._registers(layer, parameters)
+        threads, needed = _integer(parameters, "threads"), self._registers(layer, parameters)
         spare = _INLINE_SLACK if _coordinates(parameters) == "inline" else 0
         if needed - spare > (limit := registers_per_thread(threads)):
-            found.append(
-                Violation(
-                    "registers",
-                    f"{threads} threads have {limit} registers each, a tile of {pairs} x {outs} "
-                    f"needs about {needed}",
-                )
+            yield Violation(
+                "registers",
+                f"{threads} threads have {limit} registers each, a tile of {pairs} x {outs} "
+                f"needs about {needed}",
             )
         if layer.operation is Operation.BACKWARD and parameters["mode"] == "fast":
             if pairs * outs < lanes.WARP:
-                found.append(
-                    Violation("tile", "fast mode needs a tile of at least 32 functions: tile size 8 or more")
+                yield Violation(
+                    "tile", "fast mode needs a tile of at least 32 functions: tile size 8 or more"
                 )
             if threads != 128:
-                found.append(
-                    Violation("threads", f"fast mode keeps a copy per warp: 128 threads, not {threads}")
-                )
-        return found
+                yield Violation("threads", f"fast mode keeps a copy per warp: 128 threads, not {threads}")
 
     def wasted(self, problem: Problem, parameters: Parameters) -> bool:
         """Whether most of a tile would be padding: such a choice is never worth trying."""

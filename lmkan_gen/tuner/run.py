@@ -254,7 +254,7 @@ class _Run:
 
         space = explore(problem)
         entry, why = None, "no candidate ran"
-        if space.feasible:
+        if space.size(1):
             began = time.monotonic()
             with self._storage(space) as kept:
                 study = Study(space, self.trials, kept, shared=self.shared is not None)
@@ -269,7 +269,7 @@ class _Run:
                     record.ProblemRecord.of(entry, space, study.results, search.ranking, seconds)
                 )
         else:
-            why = "no candidate fits; limits broken: " + ", ".join(sorted(space.rejected))
+            why = "no candidate fits; limits broken: " + ", ".join(sorted(space.tally.rejected))
         if entry is None:
             self.failures.append(f"{problem.operation} {problem.shape}: {why}")
             self.observer.skipped(problem, why)

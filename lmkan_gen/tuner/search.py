@@ -58,7 +58,7 @@ class ProblemSearch:
         self._space = space
         self._study = study
         self._worker = worker
-        self._total = min(trials, len(space.feasible))
+        self._total = space.size(trials)
         self._deadline = deadline
         self._report = report
         self._on_rejected = on_rejected
@@ -197,7 +197,7 @@ class ProblemSearch:
             unsteady=found.doubts,
             search=Search(
                 tried=len(self._study.results),
-                rejected={**self._space.rejected, **{reason: rejected[reason] for reason in FAILURES}},
+                rejected={**self._space.tally.rejected, **{reason: rejected[reason] for reason in FAILURES}},
             ),
         )
 

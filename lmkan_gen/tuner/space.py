@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import islice
+from random import Random
 
 from lmkan_gen.codegen import render
-from lmkan_gen.families import Parameters, families, family
+from lmkan_gen.families import Parameters, families, family, walk
 from lmkan_gen.plan import Constant, KernelSpec
 from lmkan_gen.problem import Problem
 from lmkan_gen.selection import Tier, default_choice, tuned_choices
@@ -35,6 +37,10 @@ class Candidate:
         """The settings as a mapping."""
         return dict(self.settings)
 
+    def replaced(self, name: str, value: Constant) -> Candidate:
+        """The same with another value of one parameter."""
+        return Candidate.make(self.family, {**self.parameters, name: value})
+
     def spec(self, problem: Problem) -> KernelSpec:
         """The source to render for ``problem``."""
         return family(self.family).spec(problem, self.parameters)
@@ -45,57 +51,111 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Space:
-    """The candidates of a problem.
+    """The candidates of a problem. They are not listed: of millions of points, many thousands may be some.
 
     Attributes:
-        feasible: those that can run, in a fixed order; first the ones that pruning left, of which there
-            are ``count``, then seeds that it had not left.
-        rejected: how many points of the families' spaces each limit excludes.
+        values: per family, all values of its parameters.
+        judge: says which limit a family's parameters break, of which it reads no more than that takes; None
+            where they are worth trying.
         default: the analytic default; None when no family has one.
         seeds: what was tuned for this very problem, the default, the winners of similar problems, and the
-            defaults of all families: where a search should begin.
+            defaults of all families: where a search should begin. They are candidates even where pruning by
+            waste is too strict for them.
     """
 
     problem: Problem
-    feasible: tuple[Candidate, ...]
-    count: int
-    rejected: Mapping[str, int]
+    values: Mapping[str, walk.Space]
+    judge: Callable[[str, Parameters], str | None] = field(repr=False, compare=False)
     default: Candidate | None
     seeds: tuple[Candidate, ...]
 
+    def allows(self, candidate: Candidate) -> bool:
+        """Whether it is one of the candidates."""
+        values, parameters = self.values.get(candidate.family), candidate.parameters
+        if values is None or values.keys() != parameters.keys():
+            return False
+        inside = all(parameters[name] in allowed for name, allowed in values.items())
+        return inside and (candidate in self.seeds or self.judge(candidate.family, parameters) is None)
+
+    def candidates(self) -> Iterator[Candidate]:
+        """All of them, seeds first; their number may be large, and so the time until the next one."""
+        seeds = dict.fromkeys(filter(self.allows, self.seeds))
+        yield from seeds
+        for name in self.values:
+            points = (Candidate.make(name, p) for p in walk.fitting(self.values[name], self._judge(name)))
+            yield from (c for c in points if c not in seeds)
+
+    def size(self, most: int) -> int:
+        """How many there are, or ``most``, if there are no fewer."""
+        return sum(1 for _ in islice(self.candidates(), most))
+
+    def draw(self, random: Random) -> Candidate | None:
+        """One at random, of all families alike; None where only seeds are left."""
+        names = list(self.values)
+        random.shuffle(names)
+        for name in names:
+            if (point := walk.draw(self.values[name], self._judge(name), random)) is not None:
+                return Candidate.make(name, point)
+        return None
+
+    def steps(self, candidate: Candidate) -> Iterator[Candidate]:
+        """What differs in one parameter, by one step in either direction past those that cannot run."""
+        for name, values in self.values.get(candidate.family, {}).items():
+            if candidate.parameters[name] not in values:
+                continue
+            at = values.index(candidate.parameters[name])
+            for side in (reversed(values[:at]), values[at + 1 :]):
+                others = (candidate.replaced(name, value) for value in side)
+                yield from islice(filter(self.allows, others), 1)
+
+    @cached_property
+    def tally(self) -> Tally:
+        """Every point, counted. It takes up to a second."""
+        candidates, rejected = 0, Counter[str]()
+        for name, values in self.values.items():
+            for branch in walk.branches(values, self._judge(name)):
+                if branch.limit is None:
+                    candidates += branch.size
+                else:
+                    rejected[branch.limit] += branch.size
+        return Tally(candidates, dict(rejected))
+
     def fingerprint(self) -> str:
-        """Changes with the problem, the candidates, the families' templates and the compiler.
+        """Changes with the problem, the values of parameters, the families' templates and the compiler.
 
         Not with the seeds, which differ between machines that share a search.
 
         Raises:
             CompilerMissing: nothing can be compiled here.
         """
-        searched = self.feasible[: self.count]
-        digest = hashlib.sha256(repr((self.problem, searched)).encode())
-        for name in sorted({c.family for c in searched}):
-            example = next(c for c in searched if c.family == name)
-            spec = example.spec(self.problem)
-            digest.update(render(spec).encode())
-            digest.update(compiler(spec).identity.encode())
+        digest = hashlib.sha256(repr((self.problem, self.values)).encode())
+        for name, values in self.values.items():
+            example = next(walk.fitting(values, self._judge(name)), None)
+            if example is not None:
+                spec = Candidate.make(name, example).spec(self.problem)
+                digest.update(render(spec).encode())
+                digest.update(compiler(spec).identity.encode())
         return digest.hexdigest()
+
+    def _judge(self, name: str) -> walk.Judge:
+        return partial(self.judge, name)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many points are candidates, and how many break which limit: the first that is found."""
+
+    candidates: int
+    rejected: Mapping[str, int]
 
 
 def explore(problem: Problem) -> Space:
-    """Enumerate and prune. A point is counted once, under the first limit it breaks."""
-    feasible: list[Candidate] = []
-    rejected: Counter[str] = Counter()
+    """The candidates of a problem."""
+    some = families(problem.device.kind, problem.operation, problem.table)
     defaults: list[Candidate] = []
-    for f in families(problem.device.kind, problem.operation, problem.table):
+    for f in some:
         if (guess := f.default(problem)) is not None and not f.violations(problem, guess):
             defaults.append(Candidate.make(f.name, guess))
-        for parameters in f.candidates(problem):
-            if violations := f.violations(problem, parameters):
-                rejected[violations[0].limit] += 1
-            elif f.wasted(problem, parameters):
-                rejected["wasted"] += 1
-            else:
-                feasible.append(Candidate.make(f.name, parameters))
     first = default_choice(problem)
     default = Candidate.make(first.family, first.parameters) if first and first.family else None
     tuned = [c for c in islice(tuned_choices(problem), _NEIGHBOURS) if c.family]
@@ -105,7 +165,10 @@ def explore(problem: Problem) -> Space:
     known += [Candidate.make(c.family, c.parameters) for c in tuned if c.family]
     # which family is the fastest is the first thing that a search should find out
     known += defaults
-    seeds = tuple(dict.fromkeys(known))
-    # what is known to work stays in, even where pruning by waste is too strict
-    everything = tuple(dict.fromkeys((*feasible, *seeds)))
-    return Space(problem, everything, len(feasible), dict(rejected), default, seeds)
+    return Space(
+        problem,
+        {f.name: dict(f.space(problem.operation)) for f in some},
+        lambda name, parameters: family(name).rejection(problem, parameters),
+        default,
+        tuple(dict.fromkeys(known)),
+    )

@@ -8,9 +8,10 @@ import platform
 import random
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
+from itertools import chain
 
 import optuna
 import psutil
@@ -31,10 +32,6 @@ _LEASE = timedelta(hours=1)
 _DRAWING = timedelta(minutes=1)
 
 
-#: per family, the values of each parameter
-Choices = dict[str, dict[str, list[Constant]]]
-
-
 class Study:
     """Suggests candidates and remembers how they did.
 
@@ -53,8 +50,7 @@ class Study:
     """
 
     def __init__(self, space: Space, trials: int, storage: BaseStorage, *, shared: bool = False) -> None:
-        self._choices, possible = _searched(space)
-        self._feasible = frozenset(possible)
+        self._space = space
         self._pending: dict[Candidate, Trial] = {}
         #: candidates that other processes are at
         self._elsewhere: set[Candidate] = set()
@@ -76,13 +72,12 @@ class Study:
         self._id = storage.get_study_id_from_name(name)
         self._closed: set[int] = set()
         self.refresh()
-        self._queue = deque(c for c in space.seeds if c in self._feasible)
-        shuffled = possible
+        self._queue = deque(c for c in space.seeds if space.allows(c))
         self._random = random.Random(seed)
-        self._random.shuffle(shuffled)  # a search cut short has then seen a fair sample
-        self._spare = iter(shuffled)
-        if len(possible) <= trials:
-            self._queue.extend(shuffled)
+        if space.size(trials + 1) <= trials:
+            everything = list(space.candidates())
+            self._random.shuffle(everything)  # a search cut short has then seen a fair sample
+            self._queue.extend(everything)
 
     @property
     def taken(self) -> int:
@@ -139,7 +134,7 @@ class Study:
                 self.results.setdefault(candidate, result)
             if trial.state is TrialState.RUNNING:
                 if _is_alive(trial, self._owner):  # it will close the trial, if it is not just doing so
-                    if result is None and candidate in self._feasible:
+                    if result is None and self._space.allows(candidate):
                         self._elsewhere.add(candidate)
                     continue
                 if self._shared and _is_being_drawn(trial):
@@ -173,21 +168,17 @@ class Study:
                 return candidate, self._begin(candidate)
         if (neighbour := self._next_to_best()) is not None:
             return neighbour, self._begin(neighbour)
-        if len(self.results) + len(self._pending) + len(self._elsewhere) < len(self._feasible):
-            for _ in range(_PATIENCE):
-                trial = self._study.ask()
-                suggested = self._suggested(trial)
-                if suggested in self._feasible and self._is_new(suggested):
-                    trial.set_user_attr(_OWNER, self._owner)
-                    return suggested, trial
-                self._dismiss(trial, suggested)
-            for candidate in self._spare:
-                if self._is_new(candidate):
-                    return candidate, self._begin(candidate)
-            # what a process that died was at has been drawn before
-            for candidate in sorted(self._feasible):
-                if self._is_new(candidate):
-                    return candidate, self._begin(candidate)
+        for _ in range(_PATIENCE):
+            trial = self._study.ask()
+            suggested = self._suggested(trial)
+            if self._is_new(suggested) and self._space.allows(suggested):
+                trial.set_user_attr(_OWNER, self._owner)
+                return suggested, trial
+            self._dismiss(trial, suggested)
+        drawn = (self._space.draw(self._random) for _ in range(_PATIENCE))
+        for other in chain(drawn, self._space.candidates()):
+            if other is not None and self._is_new(other):
+                return other, self._begin(other)
         return None, None
 
     def _was_faster(self, candidate: Candidate, own: Trial) -> bool:
@@ -204,14 +195,7 @@ class Study:
         """A new candidate one step of one parameter away from the fastest."""
         if (best := self.best()) is None:
             return None
-        family, parameters = best[0].family, best[0].parameters
-        steps = []
-        for name, values in self._choices[family].items():
-            at = values.index(parameters[name])
-            for value in values[max(0, at - 1) : at] + values[at + 1 : at + 2]:
-                neighbour = Candidate.make(family, {**parameters, name: value})
-                if neighbour in self._feasible and self._is_new(neighbour):
-                    steps.append(neighbour)
+        steps = [c for c in self._space.steps(best[0]) if self._is_new(c)]
         return self._random.choice(steps) if steps else None
 
     def _is_new(self, candidate: Candidate) -> bool:
@@ -222,21 +206,21 @@ class Study:
         chosen = {f"{candidate.family}.{name}": value for name, value in candidate.settings}
         distributions: dict[str, BaseDistribution] = {
             f"{candidate.family}.{name}": CategoricalDistribution(values)
-            for name, values in self._choices[candidate.family].items()
+            for name, values in self._space.values[candidate.family].items()
         }
         template = create_trial(
             state=TrialState.RUNNING,
             params={"family": candidate.family, **chosen},
-            distributions={"family": CategoricalDistribution(sorted(self._choices)), **distributions},
+            distributions={"family": CategoricalDistribution(sorted(self._space.values)), **distributions},
             user_attrs={_OWNER: self._owner},
         )
         # unlike an enqueued one, it is nobody else's to take
         return Trial(self._study, self._storage.create_new_trial(self._id, template))
 
     def _suggested(self, trial: Trial) -> Candidate:
-        family = trial.suggest_categorical("family", sorted(self._choices))
+        family = trial.suggest_categorical("family", sorted(self._space.values))
         parameters: dict[str, Constant] = {}
-        for name, values in self._choices[family].items():
+        for name, values in self._space.values[family].items():
             chosen = trial.suggest_categorical(f"{family}.{name}", values)
             assert isinstance(chosen, int | str)
             parameters[name] = chosen
@@ -247,11 +231,6 @@ class Study:
         known = self.results.get(candidate)
         self._closed.add(trial.number)
         self._finish(trial, known or Rejected("infeasible", "not to be tried"))
-
-
-def size(space: Space) -> int:
-    """How many candidates an exhaustive search of ``space`` tries."""
-    return len(_searched(space)[1])
 
 
 def study_name(space: Space) -> str:
@@ -313,32 +292,3 @@ def _result(trial: FrozenTrial) -> Timing | Rejected | None:
     if _MESSAGE in attributes:
         return Rejected(attributes[_REASON], attributes[_MESSAGE])
     return None
-
-
-def _searched(space: Space) -> tuple[Choices, list[Candidate]]:
-    """The values that parameters take, and what may be suggested: of the seeds, only those made of them."""
-    # choices must be the same on all machines, whatever seeds they know
-    choices = _choices([*space.feasible[: space.count], *([space.default] if space.default else [])])
-    return choices, [c for c in space.feasible if _is_within(c, choices)]
-
-
-def _is_within(candidate: Candidate, choices: Choices) -> bool:
-    of_family = choices.get(candidate.family, {})
-    return all(value in of_family.get(name, ()) for name, value in candidate.settings)
-
-
-def _choices(candidates: Iterable[Candidate]) -> Choices:
-    """Per family, the values that each parameter takes among ``candidates``, in order."""
-    values: dict[str, dict[str, set[Constant]]] = {}
-    for candidate in candidates:
-        of_family = values.setdefault(candidate.family, {})
-        for name, value in candidate.settings:
-            of_family.setdefault(name, set()).add(value)
-    return {
-        family: {name: sorted(allowed, key=_order) for name, allowed in of_family.items()}
-        for family, of_family in values.items()
-    }
-
-
-def _order(value: Constant) -> tuple[int, str]:
-    return (value, "") if isinstance(value, int) else (0, value)
