@@ -562,6 +562,17 @@ def test_what_was_measured_before_a_kill_is_kept(monkeypatch: pytest.MonkeyPatch
     assert not {measured, rejected} & set(drain(resumed, 100))
 
 
+def test_results_of_what_cannot_run_any_more_do_not_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use(monkeypatch, Faulty(("none",), variants=4))
+    space = explore(PROBLEM)
+    drain(study_of(space, 4, tmp_path, resume=False), 4)
+    narrower = dataclasses.replace(space, judge=lambda _, p: "limit" if p["variant"] == 2 else None)
+    resumed = study_of(narrower, 4, tmp_path, resume=True)
+    assert set(resumed.results) == {candidate("none", v) for v in (0, 1, 3)}
+
+
 # --- the measuring process ------------------------------------------------------------------------
 
 
@@ -688,12 +699,14 @@ def test_tuning_twice_gives_equally_fast_kernels(monkeypatch: pytest.MonkeyPatch
     assert max(times) <= 1.03 * min(times)
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("kind", "trials", "ahead"), [("cpu", 68, False), ("cuda", 68, True), ("cuda", 16, False)]
+)
 def test_next_candidates_compile_while_a_gpu_measures(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: Literal["cpu", "cuda"]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: Literal["cpu", "cuda"], trials: int, ahead: bool
 ) -> None:
-    """On a CPU they do not: compilers would take the cores that are timed."""
-    use(monkeypatch, Faulty(("none",), variants=16))
+    """Not on a CPU, where compilers would take the cores that are timed, nor where learning first pays."""
+    use(monkeypatch, Faulty(("none",), variants=trials))
     events: list[str] = []
     compiled = threading.Semaphore(0)
 
@@ -704,25 +717,28 @@ def test_next_candidates_compile_while_a_gpu_measures(
 
     class Watching(FakeWorker):
         def measure(self, *args: Any, **named: Any) -> Timing:
-            if kind == "cuda" and len(self.asked) % 4 == 0 and len(self.asked) < 12:
+            if ahead and len(self.asked) % 4 == 0 and len(self.asked) < trials - 4:
                 assert compiled.acquire(timeout=30), "nothing is compiled meanwhile"
+            if not ahead and not self.asked:
+                time.sleep(0.2)  # in which a thread would begin to compile
+                assert events == ["build"]
             events.append("measure")
             return super().measure(*args, **named)
 
     space = explore(PROBLEM)
-    study = study_of(space, 16, tmp_path, resume=False)
+    study = study_of(space, trials, tmp_path, resume=False)
     problem = dataclasses.replace(PROBLEM, device=dataclasses.replace(PROBLEM.device, kind=kind))
     space = dataclasses.replace(space, problem=problem)
     monkeypatch.setattr(toolchain, "build", build)
     monkeypatch.setattr(search, "usable_cores", lambda: 4)
-    if kind == "cuda":
+    if ahead:
         compiled.acquire(blocking=False)
     worker: Any = Watching(0, 0.0)
-    search.ProblemSearch(space, study, worker, 16, None, lambda *_: None, lambda *_: None).run()
-    assert events.count("build") == 4
-    if kind == "cpu":
+    search.ProblemSearch(space, study, worker, trials, None, lambda *_: None, lambda *_: None).run()
+    assert events.count("build") == trials // 4
+    if not ahead:
         rounds = [e for e, before in zip(events, ["", *events], strict=False) if e != before]
-        assert rounds == ["build", "measure"] * 4
+        assert rounds == ["build", "measure"] * (trials // 4)
 
 
 # --- whole runs -----------------------------------------------------------------------------------

@@ -21,9 +21,11 @@ from lmkan_gen.tuner.worker import FAILURES, Rejected, Worker
 from lmkan_gen.tuning_file import Dtypes, Entry, Search, ShapeRecord, Times
 
 _FINALISTS = 3
-#: candidates compiled together, at least and at most, and how often the sampler learns at least; more
-#: would delay what it learns from them
+#: candidates compiled together, at least and at most, and how often a search learns at least; more would
+#: delay what it learns from them
 _FEWEST_COMPILED, _MOST_COMPILED, _ROUNDS = 4, 16, 4
+#: up to so many trials, what a batch has taught is worth more than the seconds in which the next one compiles
+_SHORT = 64
 _POLL_S = 0.5
 
 _Started = tuple[list[Candidate], Future[list[toolchain.Binary | ToolchainError]]]
@@ -82,14 +84,12 @@ class ProblemSearch:
         return self._rank()
 
     def _try_all(self) -> None:
-        # On a CPU, compilers would take the cores that candidates are timed on.
-        ahead = self._problem.device.kind != "cpu"
+        ahead = compiles_ahead(self._problem.device.kind, self._total)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile-ahead") as executor:
             started = self._start(executor)
             while started is not None:
                 batch, compiling = started
                 binaries = compiling.result()
-                # on a GPU the next candidates are compiled while these are measured
                 following = self._start(executor, wait=False) if ahead else None
                 self._measure_batch(batch, binaries)
                 started = following or self._start(executor)
@@ -113,7 +113,7 @@ class ProblemSearch:
         return None if best is None else best[1].median
 
     def _next_batch(self, wait: bool) -> list[Candidate]:
-        most = max(_FEWEST_COMPILED, min(_MOST_COMPILED, usable_cores(), self._total // _ROUNDS))
+        most = batch_size(self._total, usable_cores())
         batch: list[Candidate] = []
         while not (self._study.results and self._late()):
             self._study.refresh()
@@ -200,6 +200,17 @@ class ProblemSearch:
                 rejected={**self._space.tally.rejected, **{reason: rejected[reason] for reason in FAILURES}},
             ),
         )
+
+
+def batch_size(trials: int, cores: int) -> int:
+    """How many candidates a search of so many trials compiles together."""
+    return max(_FEWEST_COMPILED, min(_MOST_COMPILED, cores, trials // _ROUNDS))
+
+
+def compiles_ahead(device_kind: str, trials: int) -> bool:
+    """Whether the next candidates are compiled while others are measured, before it is known how these do."""
+    # on a CPU, compilers would take the cores that candidates are timed on
+    return device_kind != "cpu" and trials > _SHORT
 
 
 def spilling(binary: toolchain.Binary) -> list[str]:

@@ -71,11 +71,17 @@ class Space:
 
     def allows(self, candidate: Candidate) -> bool:
         """Whether it is one of the candidates."""
+        limit = self.limit(candidate)
+        return limit is None or (limit == "wasted" and candidate in self.seeds)
+
+    def limit(self, candidate: Candidate) -> str | None:
+        """Which limit it breaks, ``space`` where it has other parameters or values; None: none."""
         values, parameters = self.values.get(candidate.family), candidate.parameters
         if values is None or values.keys() != parameters.keys():
-            return False
-        inside = all(parameters[name] in allowed for name, allowed in values.items())
-        return inside and (candidate in self.seeds or self.judge(candidate.family, parameters) is None)
+            return "space"
+        if any(parameters[name] not in allowed for name, allowed in values.items()):
+            return "space"
+        return self.judge(candidate.family, parameters)
 
     def candidates(self) -> Iterator[Candidate]:
         """All of them, seeds first; their number may be large, and so the time until the next one."""
@@ -91,12 +97,11 @@ class Space:
 
     def draw(self, random: Random) -> Candidate | None:
         """One at random, of all families alike; None where only seeds are left."""
-        names = list(self.values)
-        random.shuffle(names)
-        for name in names:
-            if (point := walk.draw(self.values[name], self._judge(name), random)) is not None:
-                return Candidate.make(name, point)
-        return None
+        if not self._examples:
+            return None
+        name = random.choice(list(self._examples))
+        point = walk.draw(self.values[name], self._judge(name), random)
+        return None if point is None else Candidate.make(name, point)
 
     def steps(self, candidate: Candidate) -> Iterator[Candidate]:
         """What differs in one parameter, by one step in either direction past those that cannot run."""
@@ -129,13 +134,17 @@ class Space:
             CompilerMissing: nothing can be compiled here.
         """
         digest = hashlib.sha256(repr((self.problem, self.values)).encode())
-        for name, values in self.values.items():
-            example = next(walk.fitting(values, self._judge(name)), None)
-            if example is not None:
-                spec = Candidate.make(name, example).spec(self.problem)
-                digest.update(render(spec).encode())
-                digest.update(compiler(spec).identity.encode())
+        for example in self._examples.values():
+            spec = example.spec(self.problem)
+            digest.update(render(spec).encode())
+            digest.update(compiler(spec).identity.encode())
         return digest.hexdigest()
+
+    @cached_property
+    def _examples(self) -> dict[str, Candidate]:
+        """The first candidate of each family that has one."""
+        found = {n: next(walk.fitting(values, self._judge(n)), None) for n, values in self.values.items()}
+        return {name: Candidate.make(name, point) for name, point in found.items() if point is not None}
 
     def _judge(self, name: str) -> walk.Judge:
         return partial(self.judge, name)

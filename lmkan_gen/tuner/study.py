@@ -19,25 +19,28 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from lmkan_gen.plan import Constant
+from lmkan_gen.tuner import model
 from lmkan_gen.tuner.measure import Timing
 from lmkan_gen.tuner.space import Candidate, Space
 from lmkan_gen.tuner.worker import Rejected
 
-#: fruitless suggestions (seen before, or infeasible) before an unseen candidate is drawn instead
+#: draws of what was seen before until all candidates are looked through
 _PATIENCE = 20
+#: candidates that the model chooses from: drawn ones, and all steps around so many of the best
+_POOL, _CENTRES = 512, 5
+#: candidates after which some are drawn, and how often: the model may be wrong about a family or a corner
+_CERTAIN, _DRAWN_EVERY = 16, 8
 _SAMPLES, _REASON, _MESSAGE, _OWNER = "samples_us", "rejected", "message", "owner"
 #: how long another machine may take for a batch of candidates before it counts as gone
 _LEASE = timedelta(hours=1)
-_DRAWING = timedelta(minutes=1)
 
 
 class Study:
     """Suggests candidates and remembers how they did.
 
-    Every feasible candidate is suggested once when there are no more than ``trials``. Otherwise the
-    space's seeds come first, then what differs from the best so far by one step of one parameter (most of
-    a kernel's speed is found that way), and when that is exhausted Optuna's TPE sampler suggests the rest.
+    Every candidate is suggested once when there are no more than ``trials``. Otherwise the space's seeds come
+    first, then what a `model` of the times says may be the fastest: of some at random, and of the steps
+    around the best so far. After a while some are drawn whatever the model says.
 
     Processes whose studies have the same name and storage share the work: none is suggested what another
     has measured or is at. What a process that died was at is suggested again.
@@ -47,9 +50,12 @@ class Study:
         trials: how many candidates the search will try.
         storage: where results are kept; those that are there already count.
         shared: whether others may be at work.
+        seed: of what is drawn at random; processes that share a search have their own.
     """
 
-    def __init__(self, space: Space, trials: int, storage: BaseStorage, *, shared: bool = False) -> None:
+    def __init__(
+        self, space: Space, trials: int, storage: BaseStorage, *, shared: bool = False, seed: int = 0
+    ) -> None:
         self._space = space
         self._pending: dict[Candidate, Trial] = {}
         #: candidates that other processes are at
@@ -58,22 +64,18 @@ class Study:
         self.results: dict[Candidate, Timing | Rejected] = {}
         self._shared = shared
         self._owner = _this_process()
-        # processes that draw alike would suggest alike
-        seed = zlib.crc32(self._owner.encode()) if shared else 0
+        if shared:  # processes that draw alike would suggest alike
+            seed = zlib.crc32(self._owner.encode())
         name = study_name(space)
         with _no_news_from_optuna():
-            self._study = optuna.create_study(
-                storage=storage,
-                study_name=name,
-                sampler=optuna.samplers.TPESampler(seed=seed),
-                load_if_exists=True,
-            )
+            self._study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         self._storage = storage
         self._id = storage.get_study_id_from_name(name)
         self._closed: set[int] = set()
         self.refresh()
         self._queue = deque(c for c in space.seeds if space.allows(c))
         self._random = random.Random(seed)
+        self._drawn: list[Candidate] = []
         if space.size(trials + 1) <= trials:
             everything = list(space.candidates())
             self._random.shuffle(everything)  # a search cut short has then seen a fair sample
@@ -130,14 +132,12 @@ class Study:
             if trial.number in mine or trial.number in self._closed:
                 continue
             result, candidate = _result(trial), _candidate(trial)
-            if result is not None:
+            if result is not None and self._space.limit(candidate) in (None, "wasted"):
                 self.results.setdefault(candidate, result)
             if trial.state is TrialState.RUNNING:
                 if _is_alive(trial, self._owner):  # it will close the trial, if it is not just doing so
                     if result is None and self._space.allows(candidate):
                         self._elsewhere.add(candidate)
-                    continue
-                if self._shared and _is_being_drawn(trial):
                     continue
                 # its process died, perhaps after it had written the result
                 self._finish(trial.number, result)
@@ -166,20 +166,29 @@ class Study:
         while self._queue:
             if self._is_new(candidate := self._queue.popleft()):
                 return candidate, self._begin(candidate)
-        if (neighbour := self._next_to_best()) is not None:
-            return neighbour, self._begin(neighbour)
-        for _ in range(_PATIENCE):
-            trial = self._study.ask()
-            suggested = self._suggested(trial)
-            if self._is_new(suggested) and self._space.allows(suggested):
-                trial.set_user_attr(_OWNER, self._owner)
-                return suggested, trial
-            self._dismiss(trial, suggested)
+        hoped_for = self._hoped_for() if self._is_to_learn() else None
         drawn = (self._space.draw(self._random) for _ in range(_PATIENCE))
-        for other in chain(drawn, self._space.candidates()):
+        for other in chain((hoped_for,), drawn, self._space.candidates()):
             if other is not None and self._is_new(other):
                 return other, self._begin(other)
         return None, None
+
+    def _is_to_learn(self) -> bool:
+        """Whether the model is asked about the next candidate."""
+        number = len(self.results) + self.taken
+        return self.best() is not None and (number < _CERTAIN or number % _DRAWN_EVERY != 0)
+
+    def _hoped_for(self) -> Candidate | None:
+        """The most promising candidate of a few hundred."""
+        if not self._drawn:
+            draws = (self._space.draw(self._random) for _ in range(_POOL))
+            self._drawn = [c for c in dict.fromkeys(draws) if c is not None]
+        ranked = sorted(self.timings(), key=lambda item: item[1].median)
+        around = (c for best, _ in ranked[:_CENTRES] for c in self._space.steps(best))
+        pool = [c for c in dict.fromkeys((*self._drawn, *around)) if self._is_new(c)]
+        if not pool:
+            return None
+        return model.most_promising(pool, self.results, [*self._pending, *self._elsewhere])
 
     def _was_faster(self, candidate: Candidate, own: Trial) -> bool:
         """Whether another process took up the candidate in the same moment, and before."""
@@ -190,13 +199,6 @@ class Study:
             and (_result(trial) is not None or _is_alive(trial, self._owner))
             for trial in self._study.get_trials(deepcopy=False)
         )
-
-    def _next_to_best(self) -> Candidate | None:
-        """A new candidate one step of one parameter away from the fastest."""
-        if (best := self.best()) is None:
-            return None
-        steps = [c for c in self._space.steps(best[0]) if self._is_new(c)]
-        return self._random.choice(steps) if steps else None
 
     def _is_new(self, candidate: Candidate) -> bool:
         return not (candidate in self.results or candidate in self._pending or candidate in self._elsewhere)
@@ -216,21 +218,6 @@ class Study:
         )
         # unlike an enqueued one, it is nobody else's to take
         return Trial(self._study, self._storage.create_new_trial(self._id, template))
-
-    def _suggested(self, trial: Trial) -> Candidate:
-        family = trial.suggest_categorical("family", sorted(self._space.values))
-        parameters: dict[str, Constant] = {}
-        for name, values in self._space.values[family].items():
-            chosen = trial.suggest_categorical(f"{family}.{name}", values)
-            assert isinstance(chosen, int | str)
-            parameters[name] = chosen
-        return Candidate.make(family, parameters)
-
-    def _dismiss(self, trial: Trial, candidate: Candidate) -> None:
-        """Close a trial that is not worth running, such that the sampler learns from it."""
-        known = self.results.get(candidate)
-        self._closed.add(trial.number)
-        self._finish(trial, known or Rejected("infeasible", "not to be tried"))
 
 
 def study_name(space: Space) -> str:
@@ -253,12 +240,6 @@ def _no_news_from_optuna() -> Iterator[None]:
 def _this_process() -> str:
     pid = os.getpid()
     return json.dumps([platform.node(), pid, psutil.Process(pid).create_time()])
-
-
-def _is_being_drawn(trial: FrozenTrial) -> bool:
-    """Whether another process is just about to say that a trial is its own."""
-    began = trial.datetime_start
-    return _OWNER not in trial.user_attrs and began is not None and datetime.now() - began < _DRAWING
 
 
 def _is_alive(trial: FrozenTrial, own: str) -> bool:
