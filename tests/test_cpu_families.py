@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lmkan_gen import LMKAN2DLayer, codegen, packing
 from lmkan_gen.device import Device, cpu
-from lmkan_gen.families import Family, families, family
+from lmkan_gen.families import Family, families, family, walk
 from lmkan_gen.launch.cpu import prepare
 from lmkan_gen.plan import Fill, Launch
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
@@ -61,7 +61,7 @@ def test_default_is_right_for_grids(kind: Family, operation: Operation, grids: i
 def test_every_point_of_the_space_is_right(kind: Family, operation: Operation) -> None:
     """Wasteful and register-hungry points too: they may be slow, never wrong."""
     problem = Problem(operation, LayerShape(42, 37, 8, 300), cpu())
-    for seed, parameters in enumerate(kind.candidates(problem)):
+    for seed, parameters in enumerate(walk.fitting(kind.space(operation), lambda _: None)):
         check(kind, problem, parameters, seed)
 
 
@@ -112,7 +112,7 @@ def test_every_point_of_the_space_with_narrow_tables(table: TableDtype) -> None:
         if ROWS.computes(operation, table):
             for batch in (3, 200):
                 problem = Problem(operation, LayerShape(42, 37, 8, batch), cpu(), table, constant=True)
-                for seed, parameters in enumerate(ROWS.candidates(problem)):
+                for seed, parameters in enumerate(walk.fitting(ROWS.space(operation), lambda _: None)):
                     check(ROWS, problem, parameters, seed)
 
 

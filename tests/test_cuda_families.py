@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from random import Random
 
@@ -11,7 +12,7 @@ import torch
 
 from lmkan_gen import device as devices
 from lmkan_gen import packing, toolchain
-from lmkan_gen.families import Family, families
+from lmkan_gen.families import Family, families, walk
 from lmkan_gen.plan import Launch
 from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.selection import default_choice
@@ -112,7 +113,7 @@ def test_random_parameters(
 
     device = torch.device("cuda", 0)
     problem = Problem(operation, shape, devices.cuda(0), table, deterministic, constant=True)
-    feasible = [c for c in family.candidates(problem) if not family.violations(problem, c)]
+    feasible = list(walk.fitting(family.space(operation), partial(family.first_limit, problem)))
     chosen = Random(f"{operation} {table} {shape}").sample(feasible, min(CANDIDATES, len(feasible)))
     if deterministic and not chosen:
         pytest.skip("no fixed order")

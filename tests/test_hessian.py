@@ -6,6 +6,7 @@ The CUDA source is run on the CPU as well, thread by thread, so that it is check
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from lmkan_gen import device as devices
 from lmkan_gen import knots, toolchain
 from lmkan_gen.device import Device
-from lmkan_gen.families import families, hessian_marching, hessian_strips
+from lmkan_gen.families import families, hessian_marching, hessian_strips, walk
 from lmkan_gen.families.base import Parameters
 from lmkan_gen.launch import cpu
 from lmkan_gen.problem import LayerShape, Operation, Problem
@@ -241,7 +242,7 @@ def test_all_parameters_on_a_gpu(operation: Operation, pairs: int, outputs: int,
 
     family, shape, device = hessian_marching.FAMILY, shape_of(pairs, outputs, grids), torch.device("cuda", 0)
     problem = Problem(operation, shape, devices.cuda(0))
-    feasible: list[Any] = [c for c in family.candidates(problem) if not family.violations(problem, c)]
+    feasible: list[Any] = list(walk.fitting(family.space(operation), partial(family.first_limit, problem)))
     toolchain.build([family.spec(problem, c) for c in feasible])
     table = table_of(shape)
     for c in feasible:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmkan_gen import LMKAN2DLayer, dispatch, lmkan, ops, reference, selection, toolchain
 from lmkan_gen import device as devices
-from lmkan_gen.families import Family, families, family
+from lmkan_gen.families import Family, families, family, walk
 from lmkan_gen.frozen import frozen_lmkan
 from lmkan_gen.launch import cpu
 from lmkan_gen.nn import LMKANMLP, LMKANLinear
@@ -180,7 +181,7 @@ def test_cuda_kernel(
     device = torch.device("cuda", 0)
     some = Problem(operation, LayerShape(*sizes), devices.cuda(0), table, constant=True, strided=True)
     problems = {layout: replace(some, strided=layout != "batch_last") for layout in layouts.LAYOUTS}
-    feasible = [c for c in kind.candidates(some) if not kind.violations(some, c)]
+    feasible = list(walk.fitting(kind.space(operation), partial(kind.first_limit, some)))
     chosen = Random(f"{operation} {table} {sizes}").sample(feasible, min(3, len(feasible)))
     assert chosen
     toolchain.build(list({kind.spec(p, c) for p in problems.values() for c in chosen}))

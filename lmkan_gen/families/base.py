@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from random import Random
 from typing import ClassVar, Literal
 
@@ -147,11 +146,6 @@ class Family(ABC):
                 raise ValueError(
                     f"family {self.name}: parameter {name} is {value!r}, must be one of {choices}"
                 )
-
-    def candidates(self, problem: Problem) -> list[dict[str, Constant]]:
-        """Every point of the space, feasible or not, in a fixed order."""
-        space = self.space(problem.operation)
-        return [dict(zip(space, values, strict=True)) for values in product(*space.values())]
 
     def drawn(self, problem: Problem, random: Random, draws: int = 2000) -> Iterator[dict[str, Constant]]:
         """Points at random that can run, of so many that are drawn: spaces are long to list."""
