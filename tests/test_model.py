@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from random import Random
 
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from lmkan_gen.tuner import model
 from lmkan_gen.tuner.measure import Timing
 from lmkan_gen.tuner.model import most_promising
 from lmkan_gen.tuner.space import Candidate
@@ -65,3 +71,21 @@ def test_families_without_parameters() -> None:
         made("b", n=1): Timing((20.0,)),
     }
     assert most_promising([made("c"), made("b", n=2)], results, [made("d")]) in (made("c"), made("b", n=2))
+
+
+def test_long_searches_look_at_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "_MOST_RESULTS", 3)
+    likenesses: list[int] = []
+    likeness = model._likeness
+
+    def counting(some: Sequence[Candidate], others: Sequence[Candidate]) -> NDArray[np.float64]:
+        likenesses.append(len(some) * len(others))
+        return likeness(some, others)
+
+    monkeypatch.setattr(model, "_likeness", counting)
+    results: dict[Candidate, Timing | Rejected] = {
+        made(n=2**i): Timing((10.0 + abs(i - 6),)) for i in range(12)
+    }
+    pool = [made(n=3), made(n=50), made(n=3000)]
+    assert most_promising(pool, results, []) == made(n=50)
+    assert sum(likenesses) == 3 * 3 + 3 * 3

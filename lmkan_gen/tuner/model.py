@@ -28,6 +28,8 @@ _HOPE = 2.0
 #: how much slower than the best is all the same
 _SLOW = 8.0
 _LEAST_SPREAD = 0.05
+#: results that are looked at, the fastest ones: work grows with the cube of their number
+_MOST_RESULTS = 500
 
 _Vector = NDArray[np.float64]
 
@@ -42,10 +44,11 @@ def most_promising(
         results: what is known; at least one candidate ran.
         under_way: what is being measured, so that it need not be chosen to find out about the same.
     """
-    count, known = len(results), [*results, *under_way]
-    times = _log_times(list(results.values()))
-    centre, spread = float(np.median(times)), max(float(np.std(times)), _LEAST_SPREAD)
-    observed = (times - centre) / spread
+    times = _log_times(results)
+    fastest = sorted(times, key=lambda c: times[c])[:_MOST_RESULTS]
+    count, known = len(fastest), [*fastest, *under_way]
+    logs = np.array([times[c] for c in fastest])
+    observed = (logs - np.median(logs)) / max(float(np.std(logs)), _LEAST_SPREAD)
     covariance, cross = _likeness(known, known), _likeness(pool, known)
     covariance[np.diag_indices(len(known))] += _NOISE
     # what is under way, as if it took what is expected of it
@@ -57,13 +60,13 @@ def most_promising(
     return pool[int(np.argmin(expected - _HOPE * np.sqrt(variance)))]
 
 
-def _log_times(results: Sequence[Timing | Rejected]) -> _Vector:
+def _log_times(results: Mapping[Candidate, Timing | Rejected]) -> dict[Candidate, float]:
     """Logarithms; a failure, which says nothing about time, counts as an ordinary candidate."""
-    ran = {i: math.log(r.median) for i, r in enumerate(results) if isinstance(r, Timing)}
+    ran = {c: math.log(r.median) for c, r in results.items() if isinstance(r, Timing)}
     slowest = min(ran.values()) + math.log(_SLOW)
-    ran = {i: min(time, slowest) for i, time in ran.items()}
+    ran = {c: min(time, slowest) for c, time in ran.items()}
     ordinary = float(np.median(list(ran.values())))
-    return np.array([ran.get(i, ordinary) for i in range(len(results))])
+    return {c: ran.get(c, ordinary) for c in results}
 
 
 def _likeness(some: Sequence[Candidate], others: Sequence[Candidate]) -> _Vector:
