@@ -121,7 +121,6 @@ def _result(candidate: Candidate, measured: Measured) -> dict[str, Any]:
         "runtimes": [_ms(us) for us in result.samples] if isinstance(result, Timing) else [],
     }
     made: dict[str, Any] = {
-        "timestamp": "",
         "configuration": _configuration(candidate),
         "objectives": ["time"],
         "times": times,
