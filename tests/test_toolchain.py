@@ -110,6 +110,48 @@ def test_cxx_may_have_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     toolchain.binary(cpp(8))
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "spec"),
+    [
+        ("CXX", "g++ -O0 -ffast-math", cpp(1)),
+        ("CPATH", "/nowhere/include", cpp(1)),
+        ("CPLUS_INCLUDE_PATH", "/nowhere/include", cpp(1)),
+        pytest.param("CPLUS_INCLUDE_PATH", "/nowhere/include", cuda(1), marks=needs_nvcc),
+        pytest.param("NVCC_PREPEND_FLAGS", "-use_fast_math", cuda(1), marks=needs_nvcc),
+        pytest.param("NVCC_APPEND_FLAGS", "-O1", cuda(1), marks=needs_nvcc),
+    ],
+)
+def test_what_the_environment_adds_is_part_of_the_key(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, spec: KernelSpec
+) -> None:
+    monkeypatch.setenv("CXX", "g++")
+    before = store.key("source", spec.arch, toolchain.compiler(spec))
+    monkeypatch.setenv(variable, value)
+    assert store.key("source", spec.arch, toolchain.compiler(spec)) != before
+
+
+def test_cxx_may_be_relative(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Compilations run in other directories."""
+    (tmp_path / "tools").mkdir()
+    wrapper = script(tmp_path / "tools" / "wrapper", 'exec g++ "$@"')
+    monkeypatch.chdir(tmp_path)
+    for named in ("./tools/wrapper", "tools/wrapper", "env ./tools/wrapper"):
+        monkeypatch.setenv("CXX", named)
+        assert toolchain.compiler(cpp(1)).executable[-1] == str(wrapper)
+    assert ctypes.CDLL(str(toolchain.binary(cpp(9)).path)).answer() == 9
+    monkeypatch.setenv("CXX", "./nowhere/c++ -O2")
+    with pytest.raises(toolchain.CompilerMissing, match=r"CXX='\./nowhere/c\+\+ -O2' names \./nowhere/c\+\+"):
+        toolchain.compiler(cpp(1))
+
+
+def test_cxx_that_is_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ '-O2")
+    with pytest.raises(
+        toolchain.CompilerMissing, match='CXX="g\\+\\+ \'-O2" is not a command: no closing quotation'
+    ):
+        toolchain.compiler(cpp(1))
+
+
 def test_build_reports_each_and_keeps_order(fresh_store: Path) -> None:
     specs = [cpp(1), cpp(13), cpp(2), cpp(1)]
     seen: list[tuple[KernelSpec, object]] = []
@@ -185,7 +227,8 @@ def test_one_missing_compiler_does_not_stop_the_others(monkeypatch: pytest.Monke
 
 def test_no_ninja(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ninja", None)
-    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    which = shutil.which
+    monkeypatch.setattr("shutil.which", lambda name, *_, **k: None if name == "ninja" else which(name, **k))
     with pytest.raises(toolchain.CompilerMissing, match="pip install ninja"):
         toolchain.binary(cpp(4))
 
@@ -253,6 +296,51 @@ def test_nvcc_without_gcc_gets_the_compiler_there_is(
         toolchain.compiler(cuda(1))
     clang = script(bare_machine / "clang++", "echo clang version 1")
     assert toolchain.compiler(cuda(1)).executable[1:] == ("-ccbin", str(clang))
+
+
+def picky_nvcc(path: Path, accepted: str) -> Path:
+    """An nvcc that takes no host compiler but ``accepted``."""
+    return script(
+        path,
+        'case "$*" in --version) echo "Cuda compilation tools, release 1.0, V1.0.0";; '
+        "--list-gpu-code) echo sm_90;; "
+        f'*"-ccbin {accepted} "*) while [ "$1" != -o ]; do shift; done; echo code > "$2";; '
+        "*) echo 'host_config.h:143:2: error: -- unsupported GNU version!' >&2; exit 1;; esac",
+    )
+
+
+@pytest.fixture
+def newer_gcc(bare_machine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine whose gcc is newer than its nvcc."""
+    monkeypatch.setenv("PATH", f"{bare_machine}:/usr/bin:/bin")
+    monkeypatch.setattr(nvcc, "_tried", {})
+    script(bare_machine / "gcc", "exit 1")
+    return bare_machine
+
+
+def test_nvcc_that_refuses_gcc_gets_another_compiler(newer_gcc: Path) -> None:
+    older = script(newer_gcc / "g++-9", "echo gcc")
+    picky_nvcc(newer_gcc / "nvcc", str(older))
+    with pytest.warns(RuntimeWarning, match=r"nothing with gcc .*unsupported GNU version.*g\+\+-9 is used"):
+        binary = toolchain.binary(cuda(64))
+    assert binary.path.read_text() == "code\n"
+    assert toolchain.compiler(cuda(1)).executable[1:] == ("-ccbin", str(older))
+
+
+def test_nvcc_that_refuses_all_compilers_leaves_it_to_nvrtc(
+    newer_gcc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picky_nvcc(newer_gcc / "nvcc", "none")
+    try:
+        nvrtc.find("sm_90")
+    except toolchain.CompilerMissing as error:
+        pytest.skip(str(error))
+    with pytest.warns(RuntimeWarning, match=r"nvrtc .* compiles CUDA kernels: nvcc 1.0.0 .*unsupported GNU"):
+        binary = toolchain.binary(cuda(64))
+    assert {resources.kernel for resources in toolchain.resources(binary)} == {"twice", "once"}
+    monkeypatch.setattr(nvrtc, "find", nvrtc_missing)
+    with pytest.raises(toolchain.CompilerMissing, match=r"unsupported GNU version.*no NVRTC"):
+        toolchain.binary(cuda(32))
 
 
 def nvrtc_missing(arch: str) -> None:

@@ -176,7 +176,7 @@ def _nvrtc() -> str:
 
 
 def _cuda_path() -> str:
-    """Which way CUDA kernels are compiled here, and why."""
+    """Which way CUDA kernels are compiled here, and why. Compiles one."""
     import os
 
     import torch
@@ -184,15 +184,18 @@ def _cuda_path() -> str:
     from lmkan_gen.device import cuda
     from lmkan_gen.plan import KernelSpec
     from lmkan_gen.toolchain import CompilerMissing, compiler, nvcc
+    from lmkan_gen.toolchain.compiler import why_not
 
     here = [cuda(i).arch for i in range(torch.cuda.device_count())]
     lines = []
     for arch in dict.fromkeys(here) or ("sm_90",):
         try:
-            found = compiler(KernelSpec.make("any.cu.j2", arch, {}))
+            found = compiler(KernelSpec.make("any.cu.j2", arch, {}), tried=True)
         except CompilerMissing as error:
             raise _Missing(f"{arch}: plain torch, since nothing compiles for it: {error}") from None
         if not found.identity.startswith("nvcc"):
+            if (refusal := why_not(found, nvcc.PROBE)) is not None:
+                raise RuntimeError(f"{arch}: plain torch, since {found.identity} does not compile: {refusal}")
             why = _why_no_nvcc(arch)
         elif named := os.environ.get(nvcc.OVERRIDE):
             why = f"named by {nvcc.OVERRIDE}={named}"
@@ -216,9 +219,12 @@ def _why_no_nvcc(arch: str) -> str:
 
 def _host_compiler() -> str:
     from lmkan_gen.toolchain import CompilerMissing, host
+    from lmkan_gen.toolchain.compiler import why_not
 
     try:
         executable, identity = host.command()
+        if (refusal := why_not(host.find("generic"), "#include <cmath>\n")) is not None:
+            raise RuntimeError(f"{' '.join(executable)}, {identity}, does not compile: {refusal}")
         openmp = "with OpenMP" if host.has_openmp() else "without OpenMP: CPU kernels use one thread"
     except CompilerMissing as error:
         raise _Missing(str(error)) from None

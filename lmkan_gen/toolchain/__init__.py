@@ -9,6 +9,7 @@ import errno
 import os
 import shlex
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -111,14 +112,19 @@ def _build(specs: Sequence[KernelSpec], settle: _Settle) -> None:
             pending.append(_Compilation.of(spec, source, compiler(spec)))
         except ToolchainError as error:
             settle(spec, bundle.find(source, spec.arch, spec.is_cuda) or error)
-    if pending := _load(pending, settle):
+    if (pending := _load(pending, settle)) and (pending := _load(_tried(pending, settle), settle)):
         with store.claim(c.key for c in pending):
             # whoever held the locks before may have built them meanwhile
             _compile(_load(pending, settle), settle)
 
 
-def compiler(spec: KernelSpec) -> Compiler:
+def compiler(spec: KernelSpec, *, tried: bool = False) -> Compiler:
     """The compiler that would compile ``spec`` here: host C++; nvcc, or without one NVRTC, for CUDA.
+
+    Args:
+        spec: what is to be compiled.
+        tried: make sure that nvcc compiles at all here, which takes a second once per process; if it does not
+            with any of the host compilers, NVRTC is taken, with one warning.
 
     Raises:
         CompilerMissing: there is none.
@@ -126,14 +132,19 @@ def compiler(spec: KernelSpec) -> Compiler:
     if not spec.is_cuda:
         return host.find(spec.arch)
     try:
-        return nvcc.find(spec.arch)
+        return nvcc.tried(spec.arch) if tried else nvcc.find(spec.arch)
     except CompilerMissing as without_nvcc:
         if os.environ.get(nvcc.OVERRIDE):
             raise
         try:
-            return nvrtc.find(spec.arch)
+            found = nvrtc.find(spec.arch)
         except CompilerMissing as without_nvrtc:
             raise CompilerMissing(f"{without_nvcc}. {without_nvrtc}") from without_nvrtc
+        if isinstance(without_nvcc, nvcc.HostRefused):
+            warnings.warn(
+                f"{found.identity} compiles CUDA kernels: {without_nvcc}", RuntimeWarning, stacklevel=2
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,17 @@ class _Compilation:
     @classmethod
     def of(cls, spec: KernelSpec, source: str, chosen: Compiler) -> _Compilation:
         return cls(spec, source, chosen, store.key(source, spec.arch, chosen))
+
+
+def _tried(pending: Sequence[_Compilation], settle: _Settle) -> list[_Compilation]:
+    """``pending`` with compilers that compile; settles those for which there is none."""
+    found = []
+    for c in pending:
+        try:
+            found.append(_Compilation.of(c.spec, c.source, compiler(c.spec, tried=True)))
+        except ToolchainError as error:
+            settle(c.spec, error)
+    return found
 
 
 def _load(pending: Sequence[_Compilation], settle: _Settle) -> list[_Compilation]:

@@ -30,14 +30,18 @@ class CompileError(ToolchainError):
         self.source = source
         self.log = log
         output = log.read_text(errors="replace") if log.is_file() else ""
-        first = next(
-            (line for line in output.splitlines() if _ERROR.search(line)), "the compiler said nothing"
-        )
-        parts = [f"{what} did not compile: {first.strip()}"]
+        first = first_error(output)
+        parts = [f"{what} did not compile: {first}"]
         if position := _POSITION.search(first):
             parts.append(_excerpt(source, int(position.group(1))))
         parts += [f"repeat with: {command}", f"whole log: {log}"]
         super().__init__("\n".join(parts))
+
+
+def first_error(output: str) -> str:
+    """The first line of a compiler's output that speaks of an error."""
+    lines = (line.strip() for line in output.splitlines() if _ERROR.search(line))
+    return next(lines, "the compiler said nothing")
 
 
 def _excerpt(source: Path, line: int) -> str:

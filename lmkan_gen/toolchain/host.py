@@ -6,12 +6,14 @@ import os
 import shlex
 import shutil
 import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from lmkan_gen.toolchain.compiler import Compiler, ask
+from lmkan_gen.toolchain.compiler import Compiler, ask, with_variables
 from lmkan_gen.toolchain.errors import CompilerMissing
 
 ADVICE = (
@@ -32,6 +34,18 @@ _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast")
 TORCH = "torch"
 #: of the stable ABI, which has all that is used from this release on
 _TORCH_FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+#: what gcc and clang read besides their arguments, and that changes a binary
+VARIABLES = (
+    "CPATH",
+    "C_INCLUDE_PATH",
+    "CPLUS_INCLUDE_PATH",
+    "COMPILER_PATH",
+    "GCC_EXEC_PREFIX",
+    "LIBRARY_PATH",
+    "LD_RUN_PATH",
+    "CCC_OVERRIDE_OPTIONS",
+)
+_NAMES = ("c++", "g++", "clang++")
 _OPENMP_PROBE = '#include <omp.h>\nextern "C" int probe() { return omp_get_max_threads(); }\n'
 
 
@@ -51,7 +65,7 @@ def find(arch: str) -> Compiler:
     if arch not in _ARCHITECTURE_FLAGS:
         raise ValueError(f"unknown CPU architecture {arch!r}; known: {', '.join(_ARCHITECTURE_FLAGS)}")
     executable, identity = command()
-    openmp = ("-fopenmp",) if _has_openmp(executable) else ()
+    openmp = ("-fopenmp",) if _has_openmp(executable, identity) else ()
     flags = (*_FLAGS, *openmp, *_ARCHITECTURE_FLAGS[arch])
     return Compiler(identity, flags, executable, "kernel.cpp", "kernel.so")
 
@@ -69,7 +83,64 @@ def command() -> tuple[tuple[str, ...], str]:
     Raises:
         CompilerMissing: there is none, or ``$CXX`` does not run.
     """
-    return _command(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
+    if words := _named():
+        try:
+            identity = _identity(words)
+        except CompilerMissing as error:
+            raise CompilerMissing(
+                f"the C++ compiler named by CXX={os.environ['CXX']!r} does not run; {ADVICE}"
+            ) from error
+        # which of them are the compiler's own nobody can tell: of `env LANG=C g++ -O0`, say
+        more = " ".join(words[1:])
+        return words, with_variables(f"{identity}, called with {more}" if more else identity, VARIABLES)
+    for path in _found(_NAMES):
+        with suppress(CompilerMissing):
+            return (path,), with_variables(_identity((path,)), VARIABLES)
+    raise CompilerMissing(f"no C++ compiler ({', '.join(_NAMES)}) on the PATH; {ADVICE}")
+
+
+def programs() -> list[str]:
+    """Paths of C++ compilers that another compiler may be given, best first: the one of ``$CXX`` without its
+    arguments, those of the usual names, and those named after their versions, newest first.
+
+    Raises:
+        CompilerMissing: ``$CXX`` cannot be read.
+    """
+    words = tuple(word for word in reversed(_named()) if not word.startswith("-") and shutil.which(word))
+    versions = [f"{name}-{version}" for version in range(25, 8, -1) for name in ("g++", "clang++")]
+    found: dict[str, str] = {}
+    for path in _found((*words[:1], *_NAMES, *versions)):
+        found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
+
+
+def _found(names: Iterable[str]) -> list[str]:
+    return [os.path.abspath(path) for name in names if (path := shutil.which(name))]
+
+
+def _named() -> tuple[str, ...]:
+    """The words of ``$CXX``, relative paths made absolute: compilers run in other directories.
+
+    Raises:
+        CompilerMissing: it is not a command, or a relative path in it leads nowhere.
+    """
+    text = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise CompilerMissing(
+            f"CXX={text!r} is not a command: {str(error).lower()}; quote it as for a shell, such as "
+            "CXX='g++ -O2' or CXX=\"'/opt/my tools/g++'\""
+        ) from error
+    for i, word in enumerate(words):
+        if word.startswith(("./", "../")) or (i == 0 and "/" in word):
+            words[i] = os.path.abspath(word)
+            if words[i] != word and not Path(words[i]).is_file():
+                raise CompilerMissing(
+                    f"CXX={text!r} names {word}, and there is no {words[i]}: a relative path counts from "
+                    "the current directory; name the compiler by its absolute path"
+                )
+    return tuple(words)
 
 
 def has_openmp() -> bool:
@@ -78,27 +149,14 @@ def has_openmp() -> bool:
     Raises:
         CompilerMissing: as `command`.
     """
-    return _has_openmp(command()[0])
+    return _has_openmp(*command())
 
 
 @cache
-def _command(cxx: str, path: str) -> tuple[tuple[str, ...], str]:
-    if cxx.strip():
-        words = tuple(shlex.split(cxx))
-        if (identity := _identity(words)) is None:
-            raise CompilerMissing(f"the C++ compiler named by CXX={cxx!r} does not run; {ADVICE}")
-        return words, identity
-    for name in ("c++", "g++", "clang++"):
-        found = shutil.which(name, path=path)
-        if found and (identity := _identity((found,))) is not None:
-            return (found,), identity
-    raise CompilerMissing(f"no C++ compiler (c++, g++, clang++) on the PATH; {ADVICE}")
-
-
-def _identity(words: tuple[str, ...]) -> str | None:
+def _identity(words: tuple[str, ...]) -> str:
     version, machine = ask([*words, "--version"]), ask([*words, "-dumpmachine"])
     if not version or not machine:
-        return None
+        raise CompilerMissing(f"{shlex.join(words)} does not run")
     first = version.splitlines()[0]
     # the first word of gcc's answer repeats the name it was called by (c++, g++): not what it is
     name = first if "clang" in first else f"gcc {first.split(maxsplit=1)[-1]}"
@@ -106,7 +164,8 @@ def _identity(words: tuple[str, ...]) -> str | None:
 
 
 @cache
-def _has_openmp(executable: tuple[str, ...]) -> bool:
+def _has_openmp(executable: tuple[str, ...], identity: str) -> bool:
+    """Whether a trial compilation succeeds; the identity names the variables that it depends on."""
     with tempfile.TemporaryDirectory() as directory:
         output = str(Path(directory) / "probe.so")
         probe = [*executable, "-x", "c++", "-shared", "-fPIC", "-fopenmp", "-", "-o", output]

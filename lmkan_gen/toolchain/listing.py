@@ -62,7 +62,7 @@ def ptx(spec: KernelSpec) -> str:
     """
     if not spec.is_cuda:
         raise ValueError(f"{spec.template} is no CUDA template: it has no PTX")
-    compiler = nvcc.find(spec.arch)
+    compiler = nvcc.tried(spec.arch)
     with staging() as directory:
         (directory / compiler.source).write_text(codegen.render(spec))
         flags = ["-ptx", *(flag for flag in compiler.flags if flag != "-cubin")]
