@@ -241,9 +241,29 @@ def test_who_is_waited_for(
     assert ours.elsewhere == int(alive)
     assert (ours.ask() != candidate) == alive
     # nobody is waited for for ever
-    monkeypatch.setattr(study, "_LEASE", -study._LEASE)
+    monkeypatch.setattr(study, "_LEASE_S", -study._LEASE_S)
     ours.refresh()
     assert ours.elsewhere == 0
+
+
+@pytest.mark.parametrize("url", ["{}/study.journal", "sqlite:///{}/study.db"])
+def test_a_machine_of_another_time_zone_is_alive(
+    faulty: Space, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str
+) -> None:
+    def move(zone: str) -> None:
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+
+    try:
+        pretend(monkeypatch, "another machine", 1, 0.0)
+        move("WEST+11")
+        assert Study(faulty, 6, storage.shared(url.format(tmp_path)), shared=True).ask() is not None
+        pretend(monkeypatch, "a third", 1, 0.0)
+        move("EAST-11")
+        assert Study(faulty, 6, storage.shared(url.format(tmp_path)), shared=True).elsewhere == 1
+    finally:
+        monkeypatch.delenv("TZ")
+        time.tzset()
 
 
 def test_seeds_that_only_one_machine_knows(faulty: Space, tmp_path: Path) -> None:

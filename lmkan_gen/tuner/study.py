@@ -6,11 +6,11 @@ import json
 import os
 import platform
 import random
+import time
 import zlib
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta
 from itertools import chain
 
 import optuna
@@ -31,8 +31,10 @@ _POOL, _CENTRES = 512, 5
 #: candidates after which some are drawn, and how often: the model may be wrong about a family or a corner
 _CERTAIN, _DRAWN_EVERY = 16, 8
 _SAMPLES, _REASON, _MESSAGE, _OWNER = "samples_us", "rejected", "message", "owner"
+#: seconds since 1970: databases keep Optuna's own times in the time zone of who wrote them
+_BEGAN = "began"
 #: how long another machine may take for a batch of candidates before it counts as gone
-_LEASE = timedelta(hours=1)
+_LEASE_S = 3600.0
 
 
 class Study:
@@ -251,8 +253,7 @@ def _is_alive(trial: FrozenTrial, own: str) -> bool:
         return False  # of an earlier search of this process: its own trials are known to be open
     host, pid, started = json.loads(owner)
     if host != platform.node():
-        began = trial.datetime_start
-        return began is not None and datetime.now() - began < _LEASE
+        return bool(time.time() - trial.user_attrs.get(_BEGAN, 0.0) < _LEASE_S)
     try:
         return abs(psutil.Process(pid).create_time() - float(started)) < 2  # clocks get adjusted
     except psutil.Error:
