@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu test-clients lint format golden docs clean
+.PHONY: help run test test-oldest test-gpu test-clients lint format golden docs clean
 
 find_python = for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done
@@ -19,6 +19,7 @@ TEST_ENV := OMP_NUM_THREADS=1
 help:
 	@echo "make run       tune kernels for this machine, train an lmKAN on handwritten digits"
 	@echo "make test      lint, types, whole test suite"
+	@echo "make test-oldest  the command line and a short tune with the oldest versions that may be installed"
 	@echo "make test-gpu  only the tests that need an NVIDIA GPU"
 	@echo "make test-clients  libraries that users combine with lmkan-gen, from PyPI: not part of CI"
 	@echo "make lint      ruff and mypy"
@@ -45,6 +46,11 @@ lint: $(READY)
 test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 
+# in an environment of its own, .venv-oldest; the oldest torch comes with 3 GB of CUDA libraries
+test-oldest:
+	@if [ -z "$(PYTHON)" ]; then echo "No Python >= 3.11 found; set PYTHON=/path/to/python3" >&2; exit 1; fi
+	$(TEST_ENV) $(PYTHON) tests/oldest.py
+
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
@@ -65,5 +71,5 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) site .venv-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .venv-clients .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

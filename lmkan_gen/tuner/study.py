@@ -216,7 +216,7 @@ class Study:
             state=TrialState.RUNNING,
             params={"family": candidate.family, **chosen},
             distributions={"family": CategoricalDistribution(sorted(self._space.values)), **distributions},
-            user_attrs={_OWNER: self._owner},
+            user_attrs={_OWNER: self._owner, _BEGAN: time.time()},
         )
         # unlike an enqueued one, it is nobody else's to take
         return Trial(self._study, self._storage.create_new_trial(self._id, template))
