@@ -16,6 +16,7 @@ GIB = 1 << 30
 @pytest.fixture
 def cgroup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "_OWN", tmp_path / "own")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
     memory = psutil.virtual_memory()._replace(available=100 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
@@ -24,7 +25,7 @@ def cgroup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def write(directory: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
-        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(text + "\n")
 
 
@@ -61,12 +62,44 @@ def test_limits_of_old_cgroups(cgroup: Path) -> None:
     assert (machine.usable_cores(), machine.available_memory()) == (4, 3 * GIB)
 
 
-@pytest.mark.parametrize(
-    ("jobs", "cores", "gib", "expected"), [(9, 4, 99, 4), (9, 64, 3, 3), (2, 64, 99, 2), (5, 4, 0, 1)]
-)
+def test_limits_of_nested_cgroups(cgroup: Path) -> None:
+    """The tightest of the groups that the process is in counts, with a container's own root or without."""
+    write(
+        cgroup,
+        {
+            "own": "0::/batch/job.7",
+            "cpu.max": "max 100000",
+            "batch/cpu.max": "300000 100000",
+            "batch/job.7/cpu.max": "800000 100000",
+            "batch/memory.max": str(9 * GIB),
+            "batch/memory.current": str(1 * GIB),
+            "batch/job.7/memory.max": str(4 * GIB),
+            "batch/job.7/memory.current": str(1 * GIB),
+        },
+    )
+    assert (machine.usable_cores(), machine.available_memory()) == (3, 3 * GIB)
+    write(cgroup, {"own": "0::/../elsewhere", "cpu.max": "200000 100000"})
+    assert machine.usable_cores() == 2
+
+
+def test_limits_of_nested_old_cgroups(cgroup: Path) -> None:
+    write(
+        cgroup,
+        {
+            "own": "9:memory:/job\n5:cpu,cpuacct:/job\n1:name=systemd:/",
+            "cpu/job/cpu.cfs_quota_us": "500000",
+            "cpu/job/cpu.cfs_period_us": "100000",
+            "memory/job/memory.limit_in_bytes": str(4 * GIB),
+            "memory/job/memory.usage_in_bytes": str(GIB),
+        },
+    )
+    assert (machine.usable_cores(), machine.available_memory()) == (5, 3 * GIB)
+
+
+@pytest.mark.parametrize(("cores", "gib", "expected"), [(4, 99, 4), (64, 3, 3), (4, 0, 1)])
 def test_compilations_are_bounded_by_cores_and_memory(
-    monkeypatch: pytest.MonkeyPatch, jobs: int, cores: int, gib: int, expected: int
+    monkeypatch: pytest.MonkeyPatch, cores: int, gib: int, expected: int
 ) -> None:
     monkeypatch.setattr(ninja_file, "usable_cores", lambda: cores)
     monkeypatch.setattr(ninja_file, "available_memory", lambda: gib * GIB)
-    assert ninja_file._parallel(jobs) == expected
+    assert ninja_file._parallel() == expected
