@@ -13,6 +13,7 @@ from lmkan_gen.layer import LMKAN2DLayer
 from lmkan_gen.model_tuning import tune
 from lmkan_gen.ops import lmkan
 from lmkan_gen.regularization import hessian_regularization
+from lmkan_gen.unloading import clear
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ register_formulas()
 __all__ = [
     "LMKAN2DLayer",
     "__version__",
+    "clear",
     "convert",
     "decompositions",
     "deploy",

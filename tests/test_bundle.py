@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,6 +17,8 @@ import pytest
 from lmkan_gen import selection, toolchain
 from lmkan_gen.ahead import kernels
 from lmkan_gen.device import models, target
+from lmkan_gen.launch import cpu
+from lmkan_gen.plan import KernelSpec
 from lmkan_gen.problem import LayerShape, Operation
 from lmkan_gen.toolchain import ToolchainError, bundle, nvcc, store
 from tests.command import Command
@@ -128,12 +132,25 @@ def test_cuda_kernels_for_another_machine(run: Run, monkeypatch: pytest.MonkeyPa
         toolchain.binary(kernels([SHAPE], [target("sm_89")], backward=False)[0])
 
 
-@pytest.fixture
-def packed(tmp_path: Path) -> Path:
-    path = tmp_path / "kernels.zip"
-    binary = toolchain.binary(kernels([SHAPE], [target("cpu")], backward=False)[0])
-    assert bundle.write(path, [binary, binary], []) == 1
+def forward() -> KernelSpec:
+    return kernels([SHAPE], [target("cpu")], backward=False)[0]
+
+
+@pytest.fixture(scope="module")
+def packed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("packed")
+    path = directory / "kernels.zip"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(store.OVERRIDE, str(directory / "store"))
+        binary = toolchain.binary(forward())
+        written = bundle.write(path, [binary, binary], [])
+    assert written == bundle.Packed(1, hashlib.sha256(path.read_bytes()).hexdigest())
     return path
+
+
+@pytest.fixture
+def packed(packed_once: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(packed_once, tmp_path))
 
 
 def changed(path: Path, change: Change) -> Path:
@@ -145,9 +162,20 @@ def changed(path: Path, change: Change) -> Path:
     return output
 
 
+def described(field: str, value: object) -> Change:
+    """A change of one field of a kernel's description."""
+
+    def change(name: str, content: bytes) -> tuple[str, bytes]:
+        if not name.endswith(".json"):
+            return name, content
+        return name, json.dumps({**json.loads(content), field: value}).encode()
+
+    return change
+
+
 def test_loaded_twice_is_loaded_once(packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     no_compiler(monkeypatch, tmp_path)
-    assert bundle.load(packed) == bundle.load(packed) == 1
+    assert bundle.load(packed).kernels == bundle.load(packed).kernels == 1
     assert len(list((store.root() / "bundles").iterdir())) == 1
 
 
@@ -157,16 +185,132 @@ def test_loaded_twice_is_loaded_once(packed: Path, monkeypatch: pytest.MonkeyPat
         (lambda n, c: (n.replace("kernel.so", "../../evil.so"), c), "does not belong"),
         (lambda n, c: (f"/{n}", c), "does not belong"),
         (lambda n, c: (n, b"\x7fELF else" if n.endswith(".so") else c), "not what was compiled"),
-        (lambda n, c: (n, c + b"// more" if n.endswith(".cpp") else c), "source was changed"),
+        (lambda n, c: (n, c + b"// more" if n.endswith(".cpp") else c), "kernel.cpp was changed"),
         (lambda n, c: (n, c.replace(b'"abi": 1', b'"abi": 99')), "another version"),
         (lambda n, c: (n, b"[]" if n.endswith(".json") else c), "no bundle"),
+        (lambda n, c: (n, b"[" * 200_000 if n.endswith(".json") else c), "no bundle"),
+        (lambda n, c: (n, b" " * (1 << 19) + c if n.endswith(".json") else c), "bytes, more than"),
+        (described("output", "../../evil.so"), "entry.json is no description: output"),
+        (described("source", "/etc/hostname"), "entry.json is no description: source"),
+        (described("source", "kernel.cu"), "kernel.so is not made of kernel.cu"),
+        (described("bytes", -1), "entry.json is no description: bytes"),
+        (described("constants", ["a"]), "entry.json is no description: constants"),
+        (described("key", "../" * 20), "entry.json is no description: key"),
+        (lambda n, c: (n.replace("build.log", "kernel.cubin"), c), "other files than it should"),
+        (lambda n, c: (n.replace("build.log", "kernel.cpp"), c), "kernel.cpp twice"),
     ],
-    ids=["path", "absolute", "binary", "source", "version", "description"],
-)
+    ids=[
+        "path", "absolute", "binary", "source", "version", "description", "nested", "large", "output",
+        "source outside", "source of another", "size", "constants", "key", "another file", "twice",
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_what_is_wrong_is_refused_whole(packed: Path, change: Change, words: str) -> None:
     with pytest.raises(ToolchainError, match=words):
         bundle.load(changed(packed, change))
     assert not list((store.root() / "bundles").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("_MAX_MEMBERS", 3, "4 files, more than the 3"),
+        ("_MAX_BYTES", 10, "bytes, more than the 10"),
+    ],
+)
+def test_sizes_are_bounded(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: int, words: str
+) -> None:
+    monkeypatch.setattr(bundle, name, value)
+    with pytest.raises(ToolchainError, match=words):
+        bundle.load(packed)
+
+
+def test_what_it_declares_to_unpack_to_is_bounded(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "_MAX_BYTES", packed.stat().st_size)
+    with pytest.raises(ToolchainError, match="unpacks to"):
+        bundle.load(packed)
+
+
+def test_tuning_files_in_it_are_validated(packed: Path) -> None:
+    with zipfile.ZipFile(packed, "a") as archive:
+        archive.writestr("tuning/0_mine.yaml", "schema: 1\ndevice: none\n")
+    with pytest.raises(ToolchainError, match="holds a tuning file that cannot be used"):
+        bundle.load(packed)
+    assert not list((store.root() / "bundles").glob("*"))
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ToolchainError, match="no regular file"):
+        bundle.load(tmp_path / "pipe")
+
+
+def test_the_hash_that_is_asked_for(run: Run, packed: Path) -> None:
+    digest = hashlib.sha256(packed.read_bytes()).hexdigest()
+    code, said = run("cache", "load", str(packed), "--sha256", "0" * 64)
+    assert (code, f"its SHA-256 is {digest}, not {'0' * 64}" in said) == (1, True)
+    assert not list((store.root() / "bundles").glob("*"))
+    code, said = run("cache", "load", str(packed), "--sha256", digest.upper())
+    assert (code, f"SHA-256 {digest}" in said) == (0, True)
+
+
+def test_links_in_the_way_are_not_followed(packed_once: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    for name in ("kernels.zip", ".kernels.zip.partial"):
+        (tmp_path / name).symlink_to(mine)
+    assert bundle.write(tmp_path / "kernels.zip", [], []).kernels == 0
+    assert mine.read_text() == "precious"
+    assert not (tmp_path / "kernels.zip").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} >= {"mine", "kernels.zip", ".kernels.zip.partial"}
+    assert len(list(tmp_path.glob("*.zip*"))) == 2
+
+
+def test_metadata_that_was_changed_after_loading_leads_nowhere(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    no_compiler(monkeypatch, tmp_path)
+    bundle.load(packed)
+    (description,) = store.root().glob("bundles/*/kernels/*/entry.json")
+    elsewhere = tmp_path / "elsewhere.so"
+    shutil.copy(description.with_name("kernel.so"), elsewhere)
+    elsewhere.chmod(0o600)
+    content = json.loads(description.read_text())
+    description.write_text(json.dumps({**content, "output": os.path.relpath(elsewhere, description.parent)}))
+    with pytest.raises(toolchain.CompilerMissing):
+        toolchain.binary(forward())
+    description.write_text(json.dumps(content))
+    description.with_name("kernel.so").unlink()
+    description.with_name("kernel.so").symlink_to(elsewhere)
+    with pytest.raises(toolchain.CompilerMissing):
+        toolchain.binary(forward())
+
+
+def not_loadable(name: str, content: bytes) -> tuple[str, bytes]:
+    """Of a kernel that a system cannot load: its hash is right, its code is not."""
+    broken = b"\x7fELF of another system"
+    if name.endswith(".so"):
+        return name, broken
+    return described("sha256", hashlib.sha256(broken).hexdigest())(name, content)
+
+
+def test_a_kernel_that_cannot_be_loaded_is_compiled_instead(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle.load(changed(packed, not_loadable))
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", "/nowhere/c++")
+        with pytest.raises(toolchain.CompilerMissing, match=r"cannot be loaded.*CXX='/nowhere/c\+\+'"):
+            toolchain.loaded(forward(), cpu.Kernels)
+    bundle._aside.clear()  # as in another process
+    assert "bundles" in str(toolchain.binary(forward()).path)
+    with pytest.warns(RuntimeWarning, match=r"a kernel of a bundle cannot be loaded here .*compiled instead"):
+        toolchain.loaded(forward(), cpu.Kernels)
+    assert "bundles" not in str(toolchain.binary(forward()).path)
+    toolchain.forget()
+    bundle._aside.clear()
+    toolchain.loaded(forward(), cpu.Kernels)  # what was compiled is found first
 
 
 def test_damage_after_loading_is_not_executed(

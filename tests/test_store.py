@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import multiprocessing
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -14,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import Pool
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 
 from lmkan_gen import codegen, toolchain
 from lmkan_gen.plan import KernelSpec
-from lmkan_gen.toolchain import ninja_file, store
+from lmkan_gen.toolchain import ninja_file, places, slot, store
 from lmkan_gen.toolchain.compiler import Compiler
 
 TEMPLATES = {"tiny.cpp.j2": 'extern "C" int answer() { return {{ n }}; }\n'}
@@ -54,9 +57,9 @@ def count_compilations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     runs: list[int] = []
     real = ninja_file.run
 
-    def counting(compilers, staging, finished):  # type: ignore[no-untyped-def]
+    def counting(compilers, *more):  # type: ignore[no-untyped-def]
         runs.append(len(compilers))
-        return real(compilers, staging, finished)
+        return real(compilers, *more)
 
     monkeypatch.setattr(ninja_file, "run", counting)
     return runs
@@ -145,12 +148,12 @@ def test_loser_of_a_race_without_locks_uses_the_winners(monkeypatch: pytest.Monk
     """Somebody publishes the same binary while we compile it."""
     real = ninja_file.run
 
-    def slow(compilers, staging, finished):  # type: ignore[no-untyped-def]
+    def slow(*arguments):  # type: ignore[no-untyped-def]
         monkeypatch.setattr(ninja_file, "run", real)
         monkeypatch.setattr(store, "_LOCK_SECONDS", 0)
         winners.append(toolchain.binary(spec()))
         stamp.append(winners[0].path.stat().st_mtime_ns)
-        return real(compilers, staging, finished)
+        return real(*arguments)
 
     winners: list[toolchain.Binary] = []
     stamp: list[int] = []
@@ -204,9 +207,9 @@ def test_temporary_directory_of_somebody_else_is_not_trusted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    usual = store._private_temporary()
+    usual = places._temporary()
     usual.chmod(0o777)
-    assert store._private_temporary() != usual
+    assert places._temporary() != usual
 
 
 def test_root_is_private(fresh_store: Path) -> None:
@@ -255,6 +258,42 @@ def test_changed_source_is_found_by_verify(fresh_store: Path) -> None:
     assert "changed" in found.why
 
 
+def test_the_least_recently_used_is_removed_first(fresh_store: Path) -> None:
+    first, second, third = (toolchain.binary(spec(n)) for n in (1, 2, 3))
+    for age, binary in ((300, first), (200, second), (100, third)):
+        for file in binary.path.parent.iterdir():
+            os.utime(file, (time.time() - age,) * 2)
+    forget()
+    assert toolchain.binary(spec(1)) == first  # used again
+    size = sum(file.stat().st_size for file in first.path.parent.iterdir())
+    done = store.trim(size + 10)
+    assert (done.removed, done.left) == (2, 1)
+    assert done.left_bytes == size
+    assert [entry.key for entry in store.entries()] == [first.key]
+    assert store.trim(size + 10).removed == 0
+
+
+def test_the_store_keeps_within_its_limit(fresh_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "DEFAULT_LIMIT", 1)
+    toolchain.binary(spec(1))
+    assert store.entries() == []
+    toolchain.binary(spec(2))  # at most once a day
+    assert len(store.entries()) == 1
+    monkeypatch.setenv(store.LIMIT_VARIABLE, "3")
+    assert store.limit() == 3 << 20
+    monkeypatch.setenv(store.LIMIT_VARIABLE, "much")
+    with pytest.raises(ValueError, match="LMKAN_GEN_CACHE_LIMIT is 'much', must be a positive number of MiB"):
+        store.limit()
+
+
+def test_clear_removes_everything_but_what_tune_keeps(fresh_store: Path) -> None:
+    for name in ("entries", "bundles", "failed", "locks", "runs", "tuner"):
+        (store.place(name) / "something").mkdir()
+    store.clear()
+    left = {path.parent.name for path in fresh_store.glob("*/*")}
+    assert left == {"runs", "tuner"}
+
+
 # --- whose it is, and where there is no room ------------------------------------------------------
 
 
@@ -300,6 +339,84 @@ def test_root_open_to_others_is_closed(fresh_store: Path) -> None:
     assert fresh_store.stat().st_mode & 0o777 == 0o755
 
 
+@pytest.mark.parametrize("name", ["entries", "bundles", "failed", "staging", "locks", "runs", "tuner"])
+def test_places_are_closed_like_the_top(fresh_store: Path, name: str) -> None:
+    (fresh_store / name).mkdir(parents=True)
+    (fresh_store / name).chmod(0o777)
+    before = os.umask(0)
+    try:
+        assert store.place(name).stat().st_mode & 0o777 == 0o755
+        (fresh_store / name).rmdir()
+        assert store.place(name).stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(("mode", "warned"), [(0o777, True), (0o1777, False), (0o755, False)])
+def test_parents_that_others_may_change_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, warned: bool
+) -> None:
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    parent.chmod(mode)
+    monkeypatch.setenv(store.OVERRIDE, str(parent / "cache"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert store.root() == parent / "cache"
+    assert [str(w.message).endswith(f"close it: chmod go-w {parent}") for w in said] == [True] * warned
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_parents_of_another_user_are_named(tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    os.chown(parent, 12345, 12345)
+    (words,) = places.exposed(parent / "cache")
+    assert words.startswith(f"{parent} belongs to another user")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_root_leaves_nothing_in_the_home_of_somebody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `sudo` without -H, and as pip answers it."""
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    home.mkdir()
+    temporary.mkdir()
+    os.chown(home, 12345, 12345)
+    monkeypatch.setenv(store.OVERRIDE, str(home / ".cache" / "lmkan_gen"))
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    with pytest.warns(UserWarning, match=rf"{home} belongs to another user; sudo -H"):
+        assert store.root().is_relative_to(temporary)
+    assert list(home.iterdir()) == []
+
+
+def test_temporary_store_goes_with_the_last_process(tmp_path: Path) -> None:
+    code = (  # without the package, which takes long to import
+        "from importlib.util import module_from_spec, spec_from_file_location as of\n"
+        f"spec = of('places', {places.__file__!r}); module = module_from_spec(spec)\n"
+        "spec.loader.exec_module(module); print(module._temporary(), flush=True); input()"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    with start() as first, start() as second:
+        assert first.stdout is not None
+        assert second.stdout is not None
+        path = Path(first.stdout.readline().strip())
+        assert path == Path(second.stdout.readline().strip())
+        first.communicate("\n")
+        assert path.is_dir(), "the second uses it"
+        second.communicate("\n")
+        assert not path.exists()
+
+
 def test_entries_are_private_whatever_the_umask(fresh_store: Path) -> None:
     before = os.umask(0)
     try:
@@ -335,21 +452,21 @@ def test_full_disk(fresh_store: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         )
         run = ninja_file.run
 
-        def without_room(compilers, staging, finished):  # type: ignore[no-untyped-def]
+        def without_room(compilers, staging, *more):  # type: ignore[no-untyped-def]
             if staging.is_relative_to(fresh_store):
                 (staging / "0" / "kernel.cpp").write_text("#error no space left")
-            return run(compilers, staging, finished)
+            return run(compilers, staging, *more)
 
         monkeypatch.setattr(ninja_file, "run", without_room)
     else:
-        writable = store._writable
+        writable = places._writable
 
         def probe(path: Path) -> Path:
             if path == fresh_store:
                 raise full
             return writable(path)
 
-        monkeypatch.setattr(store, "_writable", probe)
+        monkeypatch.setattr(places, "_writable", probe)
     with pytest.warns(UserWarning, match=r"No space left on device.*LMKAN_GEN_CACHE") as caught:
         binary = toolchain.binary(spec())
     assert len(caught) == 1
@@ -423,7 +540,7 @@ def test_killed_build_leaves_nothing_in_the_way(fresh_store: Path, tmp_path: Pat
     process.wait()
     assert not list((fresh_store / "entries").glob("*"))
     assert list((fresh_store / "staging").iterdir()), "it was killed in the middle"
-    for lock in (fresh_store / "locks").iterdir():
+    for lock in (fresh_store / "locks").glob("[0-9a-f]*"):  # not slots: the compiler still runs
         with FileLock(lock, timeout=0):  # no lock outlives its owner
             pass
     assert toolchain.binary(spec()).path.is_file()
@@ -443,3 +560,53 @@ def test_hanging_compiler_costs_what_hangs(
     assert "did not compile within 3 s" in str(hanging)
     assert "slow-c++" in str(hanging)
     assert isinstance(fine, toolchain.Binary)
+
+
+# --- one bound for all -----------------------------------------------------------------------------
+
+
+def test_compilers_of_all_processes_share_slots(tmp_path: Path) -> None:
+    """Nine at once for two slots: never more than two run, and one that is killed leaves its slot."""
+    running, seen = tmp_path / "running", tmp_path / "seen"
+    running.mkdir()
+    work = f"touch {running}/$$; ls {running} | wc -l >> {seen}; sleep 0.1; rm {running}/$$; echo done $1"
+
+    def start(i: int, work: str) -> subprocess.Popen[bytes]:
+        slots = [str(tmp_path / "slot-"), "2", str(tmp_path / f"log{i}")]
+        command = [sys.executable, "-I", "-S", slot.__file__, *slots, "sh", "-c", work, "sh", str(i)]
+        return subprocess.Popen(command)
+
+    killed = start(9, "exec sleep 60")
+    while not (tmp_path / "log9").exists():
+        time.sleep(0.01)
+    processes = [start(i, work) for i in range(9)]
+    killed.kill()
+    killed.wait()
+    assert [process.wait() for process in processes] == [0] * 9
+    counts = [int(line) for line in seen.read_text().split()]
+    assert len(counts) == 9
+    assert max(counts) == 2
+    assert [(tmp_path / f"log{i}").read_text() for i in range(9)] == [f"done {i}\n" for i in range(9)]
+
+
+def test_builds_take_slots(fresh_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its only slot taken, a build waits."""
+    monkeypatch.setattr(ninja_file, "_parallel", lambda: 1)
+    taken = Lock(f"{store.place('locks') / 'slot-'}{platform.node()}-0")
+    with ThreadPoolExecutor() as pool:
+        building = pool.submit(toolchain.binary, spec(1))
+        with pytest.raises(TimeoutError):
+            building.result(timeout=1.0)
+        taken.release()
+        assert building.result(timeout=60).path.is_file()
+
+
+class Lock:
+    """A slot that is taken."""
+
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def release(self) -> None:
+        os.close(self._file)

@@ -84,8 +84,11 @@ def build_command(
             typer.echo(f"the native launcher is left out, calls will cost more: {launcher}", err=True)
         else:
             binaries.append(launcher)
-        count = bundles.write(bundle, binaries, own)
-        typer.echo(f"{bundle}: {count} binaries; load it elsewhere with: lmkan-gen cache load {bundle.name}")
+        packed = bundles.write(bundle, binaries, own)
+        load = f"lmkan-gen cache load {bundle.name} --sha256 {packed.sha256}"
+        typer.echo(
+            f"{bundle}: {packed.kernels} binaries, SHA-256 {packed.sha256}; load it elsewhere with:\n{load}"
+        )
 
 
 def _read(path: Path) -> list[LayerShape]:

@@ -66,7 +66,7 @@ def list_command() -> None:
 def clear_command() -> None:
     """Remove all compiled kernels, loaded bundles and the sources kept of failed compilations.
 
-    It counts the kernels, those of bundles too.
+    It counts the kernels, those of bundles too. What `tune` keeps for --resume and for reports stays.
 
     \b
     Example:
@@ -75,6 +75,31 @@ def clear_command() -> None:
     from lmkan_gen.toolchain import store
 
     typer.echo(f"removed {store.clear()} compiled kernels from {store.root()}")
+
+
+@cache_app.command("trim")
+def trim_command(
+    to: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="MIB", help="How much to leave; $LMKAN_GEN_CACHE_LIMIT, else 4096."),
+    ] = None,
+) -> None:
+    """Remove the compiled kernels and kept failures that have not been used for longest.
+
+    This also happens by itself, at most once a day, when something was compiled. Bundles stay.
+
+    \b
+    Examples:
+      lmkan-gen cache trim
+      lmkan-gen cache trim --to 500
+    """
+    from lmkan_gen.toolchain import store
+
+    done = store.trim(store.limit() if to is None else to << 20)
+    typer.echo(
+        f"removed {done.removed} kernels and failures ({done.removed_bytes / 2**20:.1f} MiB) from "
+        f"{store.root()}; {done.left} are left ({done.left_bytes / 2**20:.1f} MiB)"
+    )
 
 
 @cache_app.command("verify")
@@ -103,6 +128,10 @@ def verify_command() -> None:
 @cache_app.command("load", no_args_is_help=True)
 def load_command(
     bundle: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A file of `build --bundle`.")],
+    sha256: Annotated[
+        str | None,
+        typer.Option(metavar="HASH", help="What the file's SHA-256 must be, as `build` printed it."),
+    ] = None,
 ) -> None:
     """Add the kernels of a bundle, so that layers run them without a compiler.
 
@@ -111,8 +140,10 @@ def load_command(
     \b
     Example:
       lmkan-gen cache load kernels.zip
+      lmkan-gen cache load kernels.zip --sha256 $(cat kernels.sha256)
     """
     from lmkan_gen.toolchain import bundle as bundles
     from lmkan_gen.toolchain import store
 
-    typer.echo(f"{bundles.load(bundle)} kernels loaded into {store.root()}")
+    loaded = bundles.load(bundle, sha256)
+    typer.echo(f"{loaded.kernels} kernels loaded into {store.root()}, SHA-256 {loaded.sha256}")

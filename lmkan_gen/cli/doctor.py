@@ -243,8 +243,10 @@ def _ninja() -> str:
 
 
 def _cache() -> str:
-    from lmkan_gen.toolchain import store
+    from lmkan_gen.toolchain import places, store
 
+    for words in places.exposed(store.root()):
+        warnings.warn(words, stacklevel=2)
     root, entries = store.root(), store.entries()
     brought = sum(e.bundle is not None for e in entries)
     bundled = f" ({brought} from bundles)" if brought else ""

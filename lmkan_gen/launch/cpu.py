@@ -6,11 +6,14 @@ the number of threads to use (torch's); it returns 0, or 1 when it could not all
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
+import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -20,6 +23,8 @@ from lmkan_gen.toolchain import Binary, ToolchainError
 from lmkan_gen.toolchain.store import OVERRIDE
 
 _ALIGNMENT = 64
+_MAPPED = Path("/proc/self/maps")
+_OPENMP = re.compile(r"(/\S*/lib(?:gomp|i?omp5?)[-.]\S*)$", re.MULTILINE)
 
 Buffers = Mapping[str, torch.Tensor]
 
@@ -49,8 +54,12 @@ class Kernels:
         return function
 
     def address(self, launch: Launch) -> int:
-        """Where the function that ``launch`` calls is; it stays there, since libraries are never unloaded."""
+        """Where the function that ``launch`` calls is, until `unload`."""
         return ctypes.cast(self._library[launch.kernel], ctypes.c_void_p).value or 0
+
+    def close(self) -> None:
+        """Unload them; nobody may call one of them any more."""
+        _ctypes.dlclose(self._library._handle)
 
 
 @dataclass(frozen=True)
@@ -63,10 +72,16 @@ class Start:
     closely: bool = False
 
 
-@cache
+_loaded: dict[KernelSpec, Kernels] = {}
+_loading = threading.RLock()
+
+
 def _kernels(spec: KernelSpec) -> Kernels:
     """The functions of ``spec``, loaded once."""
-    return Kernels(toolchain.binary(spec))
+    with _loading:
+        if spec not in _loaded:
+            _loaded[spec] = toolchain.loaded(spec, Kernels)
+        return _loaded[spec]
 
 
 def starts(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> list[Start | Fill]:
@@ -136,5 +151,24 @@ def _scratch(size: int) -> int:
 
 
 def unload() -> None:
-    """Forget loaded libraries (they stay valid for plans already prepared)."""
-    _kernels.cache_clear()
+    """Unload all libraries. Plans that were prepared must not be run any more, nor be running."""
+    with _loading:
+        found = list(_loaded.values())
+        _loaded.clear()
+        if _keep_openmp():
+            for kernels in found:
+                kernels.close()
+
+
+def _keep_openmp() -> bool:
+    """Keep OpenMP runtimes loaded: their threads outlive the last library that uses them.
+
+    False where nobody tells which there are; libraries must stay then.
+    """
+    try:
+        mapped = _MAPPED.read_text()
+    except OSError:
+        return False
+    for path in set(_OPENMP.findall(mapped)):
+        ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NODELETE)
+    return True

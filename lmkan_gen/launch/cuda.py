@@ -19,6 +19,7 @@ import torch
 
 from lmkan_gen import toolchain
 from lmkan_gen.plan import Argument, Fill, KernelSpec, Launch, LaunchPlan, Stride, TensorMap
+from lmkan_gen.toolchain import Binary
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def prepare(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> Runner:
     with torch.cuda.device(index):
         steps = [
             _memset(s.buffer) if isinstance(s, Fill) else _bind(s)
-            for s in _steps(spec, plan, _path(spec), index)
+            for s in _steps(spec, plan, _path(spec, index), index)
         ]
     strides = plan.strides
     mapped = {tensor_map.buffer for tensor_map in plan.tensor_maps}
@@ -111,13 +112,18 @@ def starts(spec: KernelSpec, plan: LaunchPlan, device: torch.device) -> list[Sta
     """
     index = device.index if device.index is not None else torch.cuda.current_device()
     with torch.cuda.device(index):
-        return list(_steps(spec, plan, _path(spec), index))
+        return list(_steps(spec, plan, _path(spec, index), index))
 
 
 @cache
-def _path(spec: KernelSpec) -> Path:
-    """Where the binary of ``spec`` is; it is read once."""
-    return toolchain.binary(spec).path
+def _path(spec: KernelSpec, index: int) -> Path:
+    """Where the binary of ``spec`` is, which the device can load; it is read once."""
+
+    def load(binary: Binary) -> Path:
+        _module(binary.path, index)
+        return binary.path
+
+    return toolchain.loaded(spec, load)
 
 
 def in_order(spec: KernelSpec, plan: LaunchPlan, multiprocessors: int) -> Iterator[Start | Fill]:
@@ -175,10 +181,15 @@ def _check(result: tuple[Any, ...], doing: str) -> Any:
     return values[0] if values else None
 
 
-@cache
+_modules: dict[tuple[Path, int], Any] = {}
+
+
 def _module(path: Path, index: int) -> Any:
-    torch.cuda.synchronize(index)  # makes sure that the device's primary context exists and is current
-    return _check(_driver().cuModuleLoadData(path.read_bytes()), f"loading {path} on cuda:{index}")
+    if (path, index) not in _modules:
+        torch.cuda.synchronize(index)  # makes sure that the device's primary context exists and is current
+        loaded = _check(_driver().cuModuleLoadData(path.read_bytes()), f"loading {path} on cuda:{index}")
+        _modules[path, index] = loaded
+    return _modules[path, index]
 
 
 @cache
@@ -303,8 +314,12 @@ def _close_launch(step: Launch) -> Any:
 
 
 def unload() -> None:
-    """Forget loaded modules (they stay valid for plans already prepared)."""
+    """Unload all modules. Plans that were prepared must not be run any more, nor CUDA graphs of them."""
+    while _modules:
+        (path, index), module = _modules.popitem()
+        with torch.cuda.device(index):
+            torch.cuda.synchronize(index)
+            _check(_driver().cuModuleUnload(module), f"unloading {path} from cuda:{index}")
     _path.cache_clear()
-    _module.cache_clear()
     _function.cache_clear()
     _allowed.clear()

@@ -82,7 +82,7 @@ class Service:
             )
 
     def _load(self) -> ctypes.CDLL:
-        library = ctypes.CDLL(str(toolchain.binary(SPEC).path))
+        library = toolchain.loaded(SPEC, lambda found: ctypes.CDLL(str(found.path)))
         library.lmkan_ready.restype = ctypes.c_char_p
         library.lmkan_version.restype = ctypes.c_int64
         library.lmkan_add.restype = library.lmkan_learn.restype = None

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from lmkan_gen import codegen
 from lmkan_gen.plan import KernelSpec
@@ -32,12 +33,15 @@ __all__ = [
     "binary",
     "build",
     "compiler",
+    "forget",
+    "loaded",
     "ptx",
     "resources",
     "sass",
 ]
 
 Result = Binary | ToolchainError
+Loaded = TypeVar("Loaded")
 _Settle = Callable[[KernelSpec, Result], None]
 
 #: a compilation that fails on a disk with less left failed for that reason
@@ -57,6 +61,37 @@ def binary(spec: KernelSpec) -> Binary:
     if isinstance(result, ToolchainError):
         raise result
     return result
+
+
+def loaded(spec: KernelSpec, load: Callable[[Binary], Loaded]) -> Loaded:
+    """What ``load`` makes of the compiled kernel of ``spec``.
+
+    A kernel that a bundle brought and that ``load`` cannot load, because it needs a newer C library, say, is
+    passed over from then on in this process: with one warning, it is compiled instead.
+
+    Raises:
+        ToolchainError: as `binary`.
+        RuntimeError, OSError: what ``load`` raises for a kernel that was compiled here.
+    """
+    found = binary(spec)
+    try:
+        return load(found)
+    except (RuntimeError, OSError) as error:
+        if not bundle.set_aside(found):
+            raise
+        _known.pop((store.root(), spec), None)
+        why = f"a kernel of a bundle cannot be loaded here ({error})"
+    try:
+        result = loaded(spec, load)
+    except CompilerMissing as error:
+        raise CompilerMissing(f"{why}, and not be compiled either: {error}") from error
+    warnings.warn(f"{why}; it is compiled instead", RuntimeWarning, stacklevel=3)
+    return result
+
+
+def forget() -> None:
+    """Look for every binary anew when it is next asked for."""
+    _known.clear()
 
 
 def build(
@@ -116,6 +151,7 @@ def _build(specs: Sequence[KernelSpec], settle: _Settle) -> None:
         with store.claim(c.key for c in pending):
             # whoever held the locks before may have built them meanwhile
             _compile(_load(pending, settle), settle)
+        store.keep_within_limit()
 
 
 def compiler(spec: KernelSpec, *, tried: bool = False) -> Compiler:
@@ -197,7 +233,7 @@ def _compile(pending: Sequence[_Compilation], settle: _Settle) -> None:
 
         while waiting:
             try:
-                said = ninja_file.run(dict(waiting), staging, finished)
+                said = ninja_file.run(dict(waiting), staging, finished, store.place("locks"))
             except CompilerMissing as error:
                 for i in waiting:
                     settle(pending[i].spec, error)

@@ -46,6 +46,7 @@ VARIABLES = (
     "CCC_OVERRIDE_OPTIONS",
 )
 _NAMES = ("c++", "g++", "clang++")
+_TORCH_ROOT = Path(torch.__file__).parent
 _OPENMP_PROBE = '#include <omp.h>\nextern "C" int probe() { return omp_get_max_threads(); }\n'
 
 
@@ -56,10 +57,14 @@ def find(arch: str) -> Compiler:
     trial compilation with it succeeds.
 
     Raises:
-        CompilerMissing: there is none, or ``$CXX`` does not run.
+        CompilerMissing: there is none, or ``$CXX`` does not run, or torch is too old for `TORCH`.
         ValueError: unknown ``arch``.
     """
     if arch == TORCH:
+        if not (_TORCH_ROOT / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+            raise CompilerMissing(
+                f"its stable ABI came with torch 2.10, and this is torch {torch.__version__}"
+            )
         executable, identity = command()
         return Compiler(identity, _TORCH_FLAGS, (*executable, *_torch_paths()), "launcher.cpp", "launcher.so")
     if arch not in _ARCHITECTURE_FLAGS:
@@ -72,9 +77,8 @@ def find(arch: str) -> Compiler:
 
 def _torch_paths() -> tuple[str, ...]:
     """Where torch's headers and libraries are, and which of them to ask for."""
-    root = Path(torch.__file__).parent
-    libraries = ("-Wl,--no-as-needed", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10")
-    return (f"-I{root / 'include'}", *libraries)
+    libraries = ("-Wl,--no-as-needed", f"-L{_TORCH_ROOT / 'lib'}", "-ltorch_cpu", "-lc10")
+    return (f"-I{_TORCH_ROOT / 'include'}", *libraries)
 
 
 def command() -> tuple[tuple[str, ...], str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Timer
@@ -24,26 +26,30 @@ STALLED_S = 600.0
 _FINISHED = re.compile(r"(?:\[\d+/\d+\] )?finished (\d+)")  # the status may be put back by a debugger
 _RULE = """\
 rule compile
-  command = cd $directory && $compile > {log} 2>&1 && mv {partial} $output
+  command = cd $directory && {slot} {log} $compile && mv {partial} $output
   description = finished $directory
 """
 _PARTIAL = "partial"
 
 
-def run(compilers: Mapping[int, Compiler], staging: Path, finished: Callable[[int], None]) -> str:
+def run(
+    compilers: Mapping[int, Compiler], staging: Path, finished: Callable[[int], None], locks: Path
+) -> str:
     """Run ``compilers[i]`` on the source in directory ``str(i)``, a bad one without stopping the others.
 
     Output files exist afterwards for exactly the jobs that succeeded; each job's compiler output is
-    in its `LOG`, which exists as soon as the job was started. ``finished(i)`` is called as job ``i``
+    in its `LOG`, which exists as soon as the compiler was started. ``finished(i)`` is called as job ``i``
     ends, well or not; not for jobs that were stopped because nothing had ended for `STALLED_S`, nor for
     those that were still waiting then. On any exception (Ctrl-C among them) all compilers are stopped
-    before it goes on. Compilers see no GPU. Returns what else ninja said.
+    before it goes on. Compilers see no GPU. All processes that name the same directory of ``locks`` share
+    one bound on compilers that run at a time. Returns what else ninja said.
 
     Raises:
         CompilerMissing: no ninja.
     """
-    (staging / "build.ninja").write_text(_build_file(compilers))
-    command = [executable(), "-k", "0", "-j", str(_parallel(len(compilers)))]
+    slots = _parallel()
+    (staging / "build.ninja").write_text(_build_file(compilers, locks, slots))
+    command = [executable(), "-k", "0", "-j", str(min(slots, len(compilers)))]
     # an empty status: each line of output is then a description
     environment = {**os.environ, "NINJA_STATUS": "", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(
@@ -83,8 +89,11 @@ def _watch(process: subprocess.Popen[str]) -> Timer:
     return watch
 
 
-def _build_file(compilers: Mapping[int, Compiler]) -> str:
-    parts = [_RULE.format(log=LOG, partial=_PARTIAL)]
+def _build_file(compilers: Mapping[int, Compiler], locks: Path, slots: int) -> str:
+    # a directory that several machines share has slots of each
+    script, path = Path(__file__).with_name("slot.py"), locks / f"slot-{platform.node()}-"
+    slot = shlex.join([sys.executable, "-I", "-S", str(script), str(path), str(slots)]).replace("$", "$$")
+    parts = [_RULE.format(slot=slot, log=LOG, partial=_PARTIAL)]
     for i, compiler in compilers.items():
         command = shlex.join(compiler.command(_PARTIAL)).replace("$", "$$")
         parts.append(
@@ -113,5 +122,5 @@ def executable() -> str:
     return found
 
 
-def _parallel(jobs: int) -> int:
-    return max(1, min(jobs, usable_cores(), available_memory() // _BYTES_PER_JOB))
+def _parallel() -> int:
+    return max(1, min(usable_cores(), available_memory() // _BYTES_PER_JOB))

@@ -18,41 +18,35 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
-from platformdirs import user_cache_dir
 
 from lmkan_gen.plan import KernelSpec
+from lmkan_gen.toolchain import description
 from lmkan_gen.toolchain.compiler import Compiler
+from lmkan_gen.toolchain.description import Description
 from lmkan_gen.toolchain.ninja_file import LOG
+from lmkan_gen.toolchain.places import OVERRIDE, abandon, place, root
 
-OVERRIDE = "LMKAN_GEN_CACHE"
+__all__ = ["ABI", "OVERRIDE", "Binary", "Damage", "Entry", "abandon", "place", "root"]
+
+#: in the environment: how large the store may become, in MiB
+LIMIT_VARIABLE = "LMKAN_GEN_CACHE_LIMIT"
+DEFAULT_LIMIT = 4 << 30
 
 #: raise it whenever the way kernels are called changes (argument order or types)
 ABI = 1
 
 _LOCK_SECONDS = 120
 _STALE_SECONDS = 24 * 3600
-_ENTRY = "entry.json"
+_TRIMMED_SECONDS = 24 * 3600
+_TRIMMED = "trimmed"
 _OTHERS_WRITE = 0o022
-_PROBE_BYTES = 1 << 16
-#: what `Entry` takes from a description
-_DESCRIBED = {
-    "template": str,
-    "arch": str,
-    "constants": dict,
-    "compiler": str,
-    "created": str,
-    "bytes": int,
-}
-_PLACES = ("entries", "bundles", "failed", "staging", "locks")
 _FOREIGN = "it belongs to another user, or others may write to it, and compiled code is executed"
 
 
@@ -101,111 +95,46 @@ def _key(*ingredients: object) -> str:
     return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
 
 
-def root() -> Path:
-    """``$LMKAN_GEN_CACHE``, else the platform's cache directory; created if need be, for this user only.
-
-    When it cannot be used (read-only, full, somebody else's, no home directory), a directory of this
-    user's under the temporary directory, with one warning.
-    """
-    return _root(_wanted())
-
-
-def _wanted() -> str:
-    if override := os.environ.get(OVERRIDE):
-        return override
-    with suppress(RuntimeError):  # there is no home directory, which shows when this is expanded
-        return user_cache_dir("lmkan_gen")
-    return "~/.cache/lmkan_gen"
-
-
-def abandon(error: OSError) -> bool:
-    """Go on in the temporary directory after the store failed in use, because its disk is full, say.
-
-    Returns whether that is a change; the caller then tries again.
-    """
-    wanted = _wanted()
-    if wanted in _abandoned:
-        return False
-    _abandoned[wanted] = error.strerror or str(error)
-    _root.cache_clear()
-    return True
-
-
-#: roots that failed in use, and how
-_abandoned: dict[str, str] = {}
-
-
-@cache
-def _root(wanted: str) -> Path:
-    reason = _abandoned.get(wanted)
-    if reason is None:
-        try:
-            return _writable(Path(wanted).expanduser().absolute())
-        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
-            reason = getattr(error, "strerror", None) or str(error)
-    fallback = _private_temporary()
-    warnings.warn(
-        f"kernel cache {wanted} cannot be used ({reason}); using {fallback} instead. "
-        f"Set {OVERRIDE} to a directory of yours that can be written to keep compiled kernels.",
-        stacklevel=3,
-    )
-    return fallback
-
-
-def _writable(path: Path) -> Path:
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for place in (path, *(path / name for name in _PLACES if (path / name).exists())):
-        if place.stat().st_uid != os.getuid():
-            raise PermissionError(errno.EPERM, "it belongs to another user, and compiled code is executed")
-    status = path.stat()
-    if status.st_mode & _OTHERS_WRITE:
-        path.chmod(stat.S_IMODE(status.st_mode) & ~_OTHERS_WRITE)
-    with tempfile.TemporaryFile(dir=path) as probe:  # a full disk still takes empty files
-        probe.write(bytes(_PROBE_BYTES))
-    return path
-
-
-def _private_temporary() -> Path:
-    path = Path(tempfile.gettempdir()) / f"lmkan_gen-{os.getuid()}"
-    with suppress(OSError):
-        path.mkdir(mode=0o700, exist_ok=True)
-        status = path.lstat()
-        # anybody may create that name in /tmp, or have put things there while it was open to all
-        if stat.S_ISDIR(status.st_mode) and not status.st_mode & _OTHERS_WRITE:
-            return _writable(path)
-    return Path(tempfile.mkdtemp(prefix="lmkan_gen-"))
-
-
 def load(key: str, compiler: Compiler) -> Binary | None:
     """The stored binary, or None when there is none, or it is damaged, or not this user's own."""
     directory = root() / "entries" / key
     try:
-        entry = description(directory)
-        if (why := damage(directory, entry)) is None and entry["output"] == compiler.output:
-            return Binary(directory / compiler.output, directory / compiler.source, directory / LOG, key)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        entry = description.read(directory)
+        why = damage(directory, entry)
+    except (OSError, ValueError):
         return None
+    if why is None and entry.output == compiler.output:
+        with suppress(OSError):
+            os.utime(directory / description.FILE)  # `trim` removes what has not been used for longest
+        return binary(directory, entry)
     if why == _FOREIGN:
         warnings.warn(f"{directory}: {why}; it is not used", stacklevel=2)
     return None
 
 
-def damage(directory: Path, entry: Mapping[str, Any]) -> str | None:
+def binary(directory: Path, entry: Description) -> Binary:
+    """The kernel in ``directory``."""
+    return Binary(directory / entry.output, directory / entry.source, directory / LOG, directory.name)
+
+
+def damage(directory: Path, entry: Description) -> str | None:
     """Why a kernel's directory, described by ``entry``, must not be used; None when it may.
 
     Raises:
         OSError: a file is missing.
-        KeyError: the description is incomplete.
+        ValueError: its binary is no file.
     """
-    binary = directory / entry["output"]
-    for path in (directory, binary):
+    content = directory / entry.output
+    for path in (directory, content):
         status = path.lstat()
         if status.st_uid != os.getuid() or status.st_mode & _OTHERS_WRITE:
             return _FOREIGN
-    if entry["key"] != directory.name:
-        return f"it describes another kernel, {entry['key'][:8]}"
-    if entry["sha256"] != _hash(binary):
-        return f"{binary.name} is not what was compiled"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{entry.output} is no regular file"
+    if entry.key != directory.name:
+        return f"it describes another kernel, {entry.key[:8]}"
+    if entry.sha256 != _hash(content):
+        return f"{entry.output} is not what was compiled"
     return None
 
 
@@ -214,41 +143,23 @@ def verify() -> list[Damage]:
     found = []
     for directory in sorted((root() / "entries").glob("*")):
         try:
-            entry = description(directory)
+            entry = description.read(directory)
             why = damage(directory, entry)
-            if why is None:
-                names = ("arch", "compiler", "flags", "output")
-                source = (directory / entry["source"]).read_text()
-                if _key(entry["abi"], source, *(entry[n] for n in names)) != directory.name:
-                    why = f"{entry['source']} or what it was compiled with was changed"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            source = (directory / entry.source).read_text()
+            made_of = (entry.abi, source, entry.arch, entry.compiler, entry.flags, entry.output)
+            if why is None and _key(*made_of) != directory.name:
+                why = f"{entry.source} or what it was compiled with was changed"
+        except (OSError, ValueError) as error:
             why = f"incomplete: {error}"
         if why is not None:
             found.append(Damage(directory, why))
     return found
 
 
-def description(directory: Path) -> dict[str, Any]:
-    """What ``entry.json`` says of a kernel.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no mapping.
-    """
-    try:
-        entry = json.loads((directory / _ENTRY).read_text())
-    except RecursionError as error:
-        raise ValueError(f"{_ENTRY} is nested too deeply") from error
-    if not isinstance(entry, dict):
-        raise ValueError(f"{_ENTRY} is no mapping")
-    return entry
-
-
 @contextmanager
 def staging() -> Iterator[Path]:
     """A private directory inside the store, removed at the end; sweeps those that crashes left."""
-    parent = root() / "staging"
-    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    parent = place("staging")
     _sweep(parent, older_than=_STALE_SECONDS)
     directory = Path(tempfile.mkdtemp(dir=parent))
     try:
@@ -260,24 +171,23 @@ def staging() -> Iterator[Path]:
 def publish(staged: Path, key: str, spec: KernelSpec, compiler: Compiler) -> Binary:
     """Move a finished compilation into the store; if somebody was faster, use theirs."""
     content = staged / compiler.output
-    entry = {
-        "key": key,
-        "abi": ABI,
-        "sha256": _hash(content),
-        "bytes": content.stat().st_size,
-        "output": compiler.output,
-        "source": compiler.source,
-        "template": spec.template,
-        "arch": spec.arch,
-        "constants": dict(spec.constants),
-        "compiler": compiler.identity,
-        "flags": compiler.flags,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    (staged / _ENTRY).write_text(json.dumps(entry, indent=1))
+    entry = Description(
+        key=key,
+        abi=ABI,
+        sha256=_hash(content),
+        bytes=content.stat().st_size,
+        output=compiler.output,  # type: ignore[arg-type]  # checked
+        source=compiler.source,  # type: ignore[arg-type]  # checked
+        template=spec.template,
+        arch=spec.arch,
+        constants=dict(spec.constants),
+        compiler=compiler.identity,
+        flags=list(compiler.flags),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    (staged / description.FILE).write_text(entry.model_dump_json(indent=1))
     make_private(staged)
-    destination = root() / "entries" / key
-    destination.parent.mkdir(mode=0o700, exist_ok=True)
+    destination = place("entries") / key
     while True:
         try:
             staged.rename(destination)
@@ -300,8 +210,8 @@ def make_private(directory: Path) -> None:
 
 def keep_failed(staged: Path, key: str) -> Path:
     """Keep source and log of a failed compilation for the user to look at; returns the directory."""
-    destination = root() / "failed" / key
-    destination.mkdir(mode=0o700, parents=True, exist_ok=True)
+    destination = place("failed") / key
+    destination.mkdir(mode=0o700, exist_ok=True)
     for file in staged.iterdir():
         file.replace(destination / file.name)
     return destination
@@ -313,8 +223,7 @@ def claim(keys: Iterable[str]) -> Iterator[None]:
 
     Only saves work: after a time-out, or where the file system has no locks, it goes on without.
     """
-    directory = root() / "locks"
-    directory.mkdir(mode=0o700, exist_ok=True)
+    directory = place("locks")
     deadline = time.monotonic() + _LOCK_SECONDS
     with ExitStack() as stack:
         # everybody takes them in the same order: no deadlock
@@ -336,10 +245,21 @@ def entries() -> list[Entry]:
 
 
 def _entry(directory: Path, bundle: str | None) -> list[Entry]:
-    with suppress(OSError, ValueError, KeyError):
-        data = description(directory)
-        if all(isinstance(data[name], kind) for name, kind in _DESCRIBED.items()):
-            return [Entry(directory.name, directory, **{n: data[n] for n in _DESCRIBED}, bundle=bundle)]
+    with suppress(OSError, ValueError):
+        e = description.read(directory)
+        return [
+            Entry(
+                directory.name,
+                directory,
+                e.template,
+                e.arch,
+                e.constants,
+                e.compiler,
+                e.created,
+                e.bytes,
+                bundle,
+            )
+        ]
     return []
 
 
@@ -354,21 +274,85 @@ def bundled() -> Iterator[Path]:
 
 
 def clear() -> int:
-    """Remove entries, bundles and kept failures; returns how many kernels. Builds in progress go on."""
+    """Remove entries, bundles, kept failures and locks; returns how many kernels. Builds go on."""
     before = count()
     with staging() as rubbish:
-        for name in ("entries", "failed", "bundles"):
-            for directory in (root() / name).glob("*"):
+        for name in ("entries", "failed", "bundles", "locks"):
+            for found in (root() / name).glob("*"):
                 with suppress(FileNotFoundError):
-                    directory.rename(rubbish / f"{name}-{directory.name}")
+                    found.rename(rubbish / f"{name}-{found.name}")
     return before - count()
 
 
+@dataclass(frozen=True)
+class Trimmed:
+    """What `trim` removed, and what it left: kernels and kept failures, and their bytes."""
+
+    removed: int
+    removed_bytes: int
+    left: int
+    left_bytes: int
+
+
+def trim(limit: int) -> Trimmed:
+    """Remove what has not been used for longest, until at most ``limit`` bytes are left.
+
+    Kernels of bundles are neither counted nor removed: they cannot be compiled again everywhere.
+    """
+    found = []
+    for directory in [*(root() / "entries").glob("*"), *(root() / "failed").glob("*")]:
+        with suppress(OSError):
+            files = [file.stat() for file in directory.iterdir()]
+            used = max((file.st_mtime for file in files), default=0.0)
+            found.append((used, directory, sum(file.st_size for file in files)))
+    found.sort()
+    left, removed, removed_bytes = sum(size for _, _, size in found), 0, 0
+    with staging() as rubbish:
+        for _, directory, size in found:
+            if left <= limit:
+                break
+            with suppress(FileNotFoundError):
+                directory.rename(rubbish / f"{directory.parent.name}-{directory.name}")
+                removed, removed_bytes = removed + 1, removed_bytes + size
+            left -= size
+    return Trimmed(removed, removed_bytes, len(found) - removed, left)
+
+
+def keep_within_limit() -> None:
+    """`trim` the store to its limit, at most once a day."""
+    stamp = root() / _TRIMMED
+    with suppress(OSError):
+        if time.time() - stamp.stat().st_mtime < _TRIMMED_SECONDS:
+            return
+    stamp.touch(mode=0o600)
+    trim(limit())
+    _sweep(place("locks"), older_than=_STALE_SECONDS)
+
+
+def limit() -> int:
+    """How large the store may become, in bytes: ``$LMKAN_GEN_CACHE_LIMIT`` MiB, else 4 GiB.
+
+    Raises:
+        ValueError: the variable is not a positive integer.
+    """
+    text = os.environ.get(LIMIT_VARIABLE, "")
+    if not text:
+        return DEFAULT_LIMIT
+    if not text.isdecimal() or not 0 < len(text) < 10 or int(text) < 1:
+        raise ValueError(
+            f"{LIMIT_VARIABLE} is {text!r}, must be a positive number of MiB such as {DEFAULT_LIMIT >> 20}"
+        )
+    return int(text) << 20
+
+
 def _sweep(parent: Path, older_than: float) -> None:
-    for directory in parent.iterdir():
+    for found in parent.iterdir():
         with suppress(FileNotFoundError):
-            if time.time() - directory.stat().st_mtime > older_than:
-                shutil.rmtree(directory, ignore_errors=True)
+            if time.time() - found.lstat().st_mtime > older_than:
+                if found.is_dir() and not found.is_symlink():
+                    shutil.rmtree(found, ignore_errors=True)
+                else:
+                    found.unlink()
 
 
 def _hash(path: Path) -> str:

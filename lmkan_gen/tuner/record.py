@@ -122,7 +122,7 @@ class RunRecord(_Record):
 
 def directory() -> Path:
     """Where records of runs lie."""
-    return store.root() / "runs"
+    return store.place("runs")
 
 
 def save(path: Path, run: RunRecord) -> None:

@@ -170,7 +170,7 @@ def default_output(chip: devices.Device) -> Path:
 
 def journal_directory() -> Path:
     """Where searches keep what they measured, for ``resume``."""
-    return store.root() / "tuner"
+    return store.place("tuner")
 
 
 def _problems(
