@@ -13,7 +13,7 @@ from lmkan_gen.tuner.space import Candidate
 from lmkan_gen.tuning_records import STEADY, Doubt
 
 _ROUNDS = 3
-#: by how much, as parts, medians and clocks of one candidate may differ from round to round on a quiet device:
+#: by how much, as parts, medians and clocks of one candidate may differ from round to round on a quiet one:
 #: its power limit alone moved the clock of an H200 by more than 5 %
 _REPEATS, _CLOCKS = 0.1, 0.12
 #: the same for the median that the search found: of many, the best is too good by its noise
