@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,16 @@ from lmkan_gen import dispatch
 from lmkan_gen.chains import interceptions
 from lmkan_gen.convolution import by_images, patches
 from lmkan_gen.dtensor import is_dtensor
-from lmkan_gen.launch.deployed import NAMESPACE, LayerKind, Library, arranged
+from lmkan_gen.launch.native import DEPLOYED
 from lmkan_gen.layer import LMKAN2DLayer
 from lmkan_gen.layout import BatchLastModule
 from lmkan_gen.nn.conv import LMKANConv2d
 from lmkan_gen.nn.layers import lmkan_layers
 from lmkan_gen.ops import HALVES, autocasts
 from lmkan_gen.packing import RoundedTable
+
+if TYPE_CHECKING:  # it takes long to import, and most programs deploy nothing
+    from lmkan_gen.launch.deployed import LayerKind
 
 #: of torch, whose stable ABI has what libraries are built on
 _LEAST_RELEASE = "2.10"
@@ -72,6 +75,8 @@ def deploy(network: nn.Module, library: str | PathLike[str], batches: Iterable[i
         lmkan_gen.toolchain.ToolchainError: a kernel or the library cannot be compiled.
         OSError: the file cannot be written.
     """
+    from lmkan_gen.launch.deployed import LayerKind, Library
+
     if TorchVersion(torch.__version__) < _LEAST_RELEASE:
         raise RuntimeError(f"deploying needs torch {_LEAST_RELEASE} or newer, this is {torch.__version__}")
     wanted = _checked(batches)
@@ -115,6 +120,8 @@ class DeployedLayer(BatchLastModule):
     def __init__(
         self, layer: LMKAN2DLayer, table: RoundedTable, forms: Iterable[str], operator: str, number: int
     ) -> None:
+        from lmkan_gen.launch.deployed import arranged
+
         super().__init__(layer.input_dim, layer.batch_first)
         self.output_dim = layer.output_dim
         self._operator = operator
@@ -129,7 +136,7 @@ class DeployedLayer(BatchLastModule):
         """``[input_dim, batch]`` -> ``[output_dim, batch]``, of any float dtype but float64."""
         wanted = torch.float32 if autocasts(x) else x.dtype
         forms = [getattr(self, name) for name in self._names]
-        operator = getattr(getattr(torch.ops, NAMESPACE), self._operator).default
+        operator = getattr(getattr(torch.ops, DEPLOYED), self._operator).default
         y: Tensor = operator(x.float() if x.dtype in HALVES else x, self.borders, forms, self._number)
         return y if y.dtype == wanted else y.to(wanted)
 
@@ -202,6 +209,6 @@ def _load(path: Path, name: str, kinds: list[LayerKind]) -> None:
     def backward(ctx: Any, grad: Tensor) -> Any:
         raise RuntimeError("deployed networks are for inference and have no derivatives; use the original")
 
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward)
+    torch.library.register_fake(f"{DEPLOYED}::{name}", fake)
+    torch.library.register_autograd(f"{DEPLOYED}::{name}", backward)
     _known.add(name)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from lmkan_gen import dispatch, selection, toolchain
-
 
 def clear() -> None:
     """Unload compiled kernels, and forget what was chosen, prepared and read from tuning files.
@@ -17,6 +15,8 @@ def clear() -> None:
     Raises:
         RuntimeError: the CUDA driver refuses.
     """
+    from lmkan_gen import dispatch, selection, toolchain
+
     dispatch.clear_caches()
     selection.clear_caches()
     toolchain.forget()

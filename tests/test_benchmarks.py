@@ -274,8 +274,8 @@ def test_tuning_on_a_cpu(tmp_path: Path) -> None:
     found = re.fullmatch(r"grad_input: (\d+) candidates", space)
     assert found
     assert re.fullmatch(
-        rf"grad_input: .* \(row_vector: .*\) after 1 in \d+ s, "
-        rf"the other .* \(row_vector: .*\) after {found[1]} of {found[1]} in \d+ s: \d+\.\d+",
+        rf"grad_input: .* \(\w+: .*\) after 1 in \d+ s, "
+        rf"the other .* \(\w+: .*\) after {found[1]} of {found[1]} in \d+ s: \d+\.\d+",
         compared,
     )
     assert "forward" not in done.stdout

@@ -16,7 +16,7 @@ import pytest
 
 from lmkan_gen import codegen, freshness, problem, selection
 from lmkan_gen.device import CUDA_ARCHITECTURES, Device, models
-from lmkan_gen.families import Demand, Family, family, lanes
+from lmkan_gen.families import Demand, family, lanes, walk
 from lmkan_gen.families.output_stationary import OutputStationary
 from lmkan_gen.families.tile_stationary import TileStationary
 from lmkan_gen.families.tile_times import Access
@@ -73,7 +73,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module, name in (
         (codegen, "render"), (freshness, "render"), (hashlib, "sha256"), (builtins, "open"), (io, "open"),
-        (Family, "candidates"), (TileStationary, "_default_candidates"),
+        (walk, "branches"), (TileStationary, "_default_candidates"),
         (OutputStationary, "_default_candidates"), (selection, "_completions"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, fail)

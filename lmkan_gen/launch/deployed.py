@@ -27,8 +27,6 @@ from lmkan_gen.selection import Choice
 from lmkan_gen.toolchain import host, linking
 from lmkan_gen.tracing import Trace, Traced, UntraceableError, plain
 
-#: where libraries define their operators
-NAMESPACE = "lmkan_deployed"
 _TEMPLATE = "deployed.cpp.j2"
 _ALIGNMENT = 64
 #: what libraries call processors, by the architectures that kernels are compiled for

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from lmkan_gen.launch.service import Service
 
 VARIABLE = "LMKAN_GEN_LAUNCHER"
+#: namespace of the operators of deployed libraries
+DEPLOYED = "lmkan_deployed"
 
 
 @dataclass(frozen=True)

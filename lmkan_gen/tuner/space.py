@@ -123,7 +123,9 @@ class Space:
                     candidates += branch.size
                 else:
                     rejected[branch.limit] += branch.size
-        return Tally(candidates, dict(rejected))
+        spared = sum(self.limit(seed) == "wasted" for seed in set(self.seeds))
+        rejected["wasted"] -= spared
+        return Tally(candidates + spared, dict(+rejected))
 
     def fingerprint(self) -> str:
         """Changes with the problem, the values of parameters, the families' templates and the compiler.
