@@ -10,6 +10,7 @@ from lmkan_gen.dispatch import set_workspace_limit
 from lmkan_gen.flops import register_formulas
 from lmkan_gen.grid import knots
 from lmkan_gen.layer import LMKAN2DLayer
+from lmkan_gen.log import follow_environment
 from lmkan_gen.model_tuning import tune
 from lmkan_gen.ops import lmkan
 from lmkan_gen.regularization import hessian_regularization
@@ -18,6 +19,7 @@ from lmkan_gen.unloading import clear
 __version__ = "0.1.0"
 
 register_formulas()
+follow_environment()
 
 __all__ = [
     "LMKAN2DLayer",

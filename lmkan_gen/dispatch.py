@@ -8,6 +8,7 @@ environment makes it run always; it is read at every call.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,8 @@ from lmkan_gen.problem import DEFAULT_WORKSPACE, LayerShape, Operation, Problem,
 
 if TYPE_CHECKING:
     from lmkan_gen.selection import Choice
+
+logger = logging.getLogger("lmkan_gen")
 
 DISABLE_VARIABLE = "LMKAN_GEN_DISABLE_KERNELS"
 WORKSPACE_VARIABLE = "LMKAN_GEN_WORKSPACE"
@@ -332,6 +335,7 @@ def _prepare_choice(
         # ImportError: CUDA bindings that are not installed
         except (RuntimeError, OSError, ImportError) as error:
             _failed[spec] = str(error) or type(error).__name__
+            logger.debug("plain torch instead of %s: %s", choice.family, _failed[spec])
             _warn(device, error)
     return _REFERENCE[operation], None, _failed[spec]
 

@@ -194,6 +194,15 @@ def _chosen(choose: _Choose, problem: Problem, demand: Demand | None) -> tuple[C
 def _choose_alike(
     choose: _Choose, problem: Problem, demand: Demand, environment: str | None
 ) -> tuple[Choice, ...]:
+    """As `_decide`, whose answers are kept."""
+    choices = _decide(choose, problem, demand, environment)
+    if logger.isEnabledFor(logging.DEBUG):  # whether it is stale takes long to find out
+        for choice in choices:
+            logger.debug("chosen: %s", choice.describe())
+    return choices
+
+
+def _decide(choose: _Choose, problem: Problem, demand: Demand, environment: str | None) -> tuple[Choice, ...]:
     """What ``choose`` answers for the batch that ``problem`` is asked about with, if that fits."""
     _, of = batches_alike(problem)
     if of != problem.shape.batch:
@@ -595,9 +604,5 @@ def _announce(choice: Choice) -> None:
         warnings.warn(f"{choice.describe()}; it is correct but slow", stacklevel=5)
     elif not logger.isEnabledFor(logging.INFO):
         pass  # whether it is stale takes long to find out
-    elif p.operation not in CALL_OPERATIONS or (
-        choice.tier in (Tier.EXACT, Tier.DEMANDED) and not choice.stale
-    ):
-        logger.debug("%s", choice.describe())
-    else:
+    elif p.operation in CALL_OPERATIONS and (choice.tier not in (Tier.EXACT, Tier.DEMANDED) or choice.stale):
         logger.info("%s; to tune it: %s", choice.describe(), tune_command(p))

@@ -31,3 +31,8 @@ def quoted(value: object) -> str:
     """A foreign value for an error message: quoted if it is text, and cut where it is long."""
     text = printable(repr(value))
     return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """``1 entry``, ``2 entries``."""
+    return f"{number} {one if number == 1 else many}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import warnings
@@ -22,6 +23,8 @@ from lmkan_gen.resources import resource_directory
 from lmkan_gen.text import printable
 from lmkan_gen.toolchain.bundle import tuning_files
 from lmkan_gen.tuning_file import DeviceRecord, Entry, TuningFile, TuningFileError, load
+
+logger = logging.getLogger("lmkan_gen")
 
 TUNING_VARIABLE = "LMKAN_GEN_TUNING"
 #: How far apart shapes are per factor of two: a table's size decides what fits, the batch least.
@@ -78,6 +81,7 @@ def _files(environment: str | None) -> tuple[tuple[Source, TuningFile], ...]:
         try:
             file = load(source.path)
             usable.append((source, file))
+            logger.debug("tuning file (%s): %s", source.origin, printable(source.path))
             if file.skipped:
                 warnings.warn(_skipping(source.path, file), stacklevel=2)
         except TuningFileError as error:

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import lmkan_gen
 from lmkan_gen import selection, toolchain
 from lmkan_gen.codegen import render
-from lmkan_gen.device import CUDA_ARCHITECTURES, target
-from lmkan_gen.families import Demand, Family, Parameters, family
-from lmkan_gen.limits import UNLIMITED, limits
+from lmkan_gen.device import CUDA_ARCHITECTURES, cpu, target
+from lmkan_gen.families import Demand, Family, Parameters, families, family
+from lmkan_gen.limits import UNLIMITED, Limit, limits
 from lmkan_gen.problem import LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.toolchain import host, nvcc, store
 from tests.command import Command as Run
@@ -104,6 +105,20 @@ def test_help_and_import_stay_light(tmp_path: Path) -> None:
         (["limits", "--target", "cpu"], "no limit"),
         (["limits", "--device", "tpu"], "tpu"),
         (["limits", "--device", "cuda:"], "cuda:"),
+        (
+            ["build", "--arch", "sm_91", "--shape", SHAPE],
+            "--arch: unknown target 'sm_91'; choose cpu or one of",
+        ),
+        (["build", "--arch", "cpu,", "--shape", SHAPE], "--arch: unknown target ''"),
+        (["build", "--arch", "cpu"], "--shape / --shapes"),
+        (["build", "--arch", "cpu", "--shapes", "absent.txt"], "absent.txt"),
+        (["plot", "absent.pt"], "absent.pt"),
+        (["report", "absent.json"], "absent.json"),
+        (["inspect", "--target", "sm_90", "--shape", SHAPE, "--why"], "goes with --what choice"),
+        (
+            ["inspect", "--target", "sm_90", "--shape", SHAPE, "--json"],
+            "goes with --what choice or resources",
+        ),
         (["fly"], "fly"),
         (["cache", "fly"], "fly"),
     ],
@@ -114,6 +129,108 @@ def test_wrong_usage_is_named_and_exits_with_2(run: Run, arguments: list[str], n
     assert outcome.code == 2
     assert named in outcome.out + outcome.err
     assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"8,8,4,5\n# widths\n\n8,8,x,5\n", "line 4: '8,8,x,5' is not IN,OUT,GRIDS,BATCH"),
+        (b"8,8,4,5\n8,8,2,5\n", "line 2: '8,8,2,5': grids must be at least 3"),
+        (b"# nothing\n", "holds no shapes"),
+        (b"\xff\xfe8", "is no text file"),
+    ],
+)
+def test_a_file_of_shapes_is_named_with_its_line(
+    run: Run, tmp_path: Path, content: bytes, words: str
+) -> None:
+    file = tmp_path / "shapes.txt"
+    file.write_bytes(content)
+    outcome = run("build", "--arch", "cpu", "--shapes", str(file))
+    assert outcome.code == 2
+    assert f"Invalid value for --shapes: {file}" in outcome.err
+    assert words in outcome.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tune", "--shape", SHAPE, "--device", "cpu", "--output"],
+        ["build", "--arch", "cpu", "--shape", SHAPE, "--bundle"],
+        ["report", "--output"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_outputs_are_checked_before_work_begins(
+    run: Run, tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("work began")
+
+    monkeypatch.setattr(toolchain, "build", work)
+    (tmp_path / "file").write_text("kept")
+    for path, words in (
+        (tmp_path / "file" / "below.zip", "is not a directory"),
+        (Path("/proc/nowhere/out.zip"), "cannot be written"),
+        (tmp_path, "is a directory"),
+    ):
+        outcome = run(*arguments, str(path))
+        assert outcome.code == 2
+        assert f"Invalid value for {arguments[-1].strip()}" in outcome.err.replace("'", "")
+        assert str(path) in outcome.err
+        assert words in outcome.err
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_messages_are_not_broken_into_lines(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    path = tmp_path / ("long" * 20) / ("name" * 20)
+    outcome = run("build", "--arch", "cpu", "--shapes", str(path))
+    assert outcome.code == 2
+    assert str(path) in outcome.err
+
+
+def test_files_that_hold_something_else(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.write_text("hello\n")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for arguments, words in (
+        (
+            ["plot", str(file), "--output", str(tmp_path / "plots")],
+            f"{file} is no checkpoint that torch can load",
+        ),
+        (
+            ["plot", str(tmp_path / "list.pt"), "--output", str(tmp_path / "plots")],
+            "holds no state_dict but a list",
+        ),
+        (["report", str(file)], f"{file} is no record of a tuning run: Invalid JSON"),
+        (["cache", "load", str(file)], f"{file} is no bundle"),
+        (["configs", "show", str(file)], str(file)),
+    ):
+        outcome = run(*arguments)
+        assert outcome.code == 1
+        (line,) = outcome.err.splitlines()
+        assert words in line
+    assert not (tmp_path / "plots").exists()
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"lmkan-gen {lmkan_gen.__version__}\n", "")
+
+
+def test_an_interrupt_while_importing_is_no_traceback() -> None:
+    script = (
+        "import sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from _lmkan_gen_command import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "lmkan-gen: interrupted before it began\n")
 
 
 def test_failures_are_one_line_and_exit_with_1(run: Run) -> None:
@@ -181,6 +298,104 @@ def test_inspect_without_nvcc_says_what_to_install(run: Run, monkeypatch: pytest
     assert outcome.code == 1
     assert "lmkan-gen[nvcc]" in outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_inspect_choice_as_data(run: Run) -> None:
+    arguments = ("--target", "sm_90", "--shape", SHAPE, "--operation", "backward", "--what", "choice")
+    found = json.loads(run("inspect", *arguments, "--json").out)
+    expected = selection.select_backward(problem(Operation.BACKWARD, "sm_90"))
+    assert [f["family"] for f in found] == [c.family for c in expected]
+    assert [f["parameters"] for f in found] == [dict(c.parameters) for c in expected]
+    assert all("why" not in f for f in found)
+
+
+def test_inspect_resources_as_data(run: Run) -> None:
+    arguments = ("--target", "sm_90", "--shape", SHAPE, "--what", "resources", "--json")
+    (found,) = json.loads(run("inspect", *arguments).out)
+    assert found["operation"] == "forward"
+    (kernel,) = [k for k in found["kernels"] if k["kernel"] == "lmkan_forward"]
+    assert kernel["registers"] > 0
+    assert kernel["threads"] % 32 == 0
+    assert kernel["spill_stores"] == kernel["spill_loads"] == 0
+
+
+def test_inspect_why_lists_what_else_there_was(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("lmkan_gen.tuner.record.directory", lambda: tmp_path)
+    shape = "128,128,26,1024"
+    arguments = ("inspect", "--target", "sm_90", "--shape", shape, "--what", "choice", "--why")
+    (found,) = json.loads(run(*arguments, "--json").out)
+    p = Problem(Operation.FORWARD, LayerShape(128, 128, 26, 1024), target("sm_90"))
+    chosen = selection.select(p)
+    why = found["why"]
+    # every family is the chosen one, a runner-up that can run, or one that cannot
+    runners_up, excluded = why["runners_up"], why["could_not_run"]
+    names = [chosen.family, *(r["family"] for r in runners_up), *(e["family"] for e in excluded)]
+    assert sorted(names) == sorted(f.name for f in families("cuda", Operation.FORWARD))
+    for r in runners_up:
+        assert not family(r["family"]).violations(p, r["parameters"])
+        assert (r["time_us"] is None) == (r["origin"] == "analytic default")
+    for e in excluded:
+        f = family(e["family"])
+        guess = f.default(p)
+        assert guess is None or f.violations(p, guess)
+    assert "num_grids=26: a cell has 4 bits per axis" in next(
+        e["reason"] for e in excluded if e["family"] == "matrix_product"
+    )
+    assert why["measured_here"] is None
+
+    words = run(*arguments).out
+    assert words.startswith(f"{chosen.describe()}\n  runners-up")
+    assert all(f"    {name}" in words for name in names[1:])
+
+
+def test_inspect_why_knows_what_was_measured_here(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("lmkan_gen.tuner.record.directory", lambda: tmp_path)
+    chip = cpu()
+    shape = {"inputs": 8, "outputs": 6, "grids": 4, "batch": 50}
+    trial = {"family": "row_vector", "parameters": {"batch_tile": 64}}
+    record = {
+        "started": "2026-11-30T10:00:00Z",
+        "device": {"name": chip.name, "arch": chip.arch, "multiprocessors": 2, "shared_memory_per_block": 0},
+        "provenance": {"lmkan_gen": "0", "compiler": "c", "driver": None, "torch": "2", "date": "2026-11-30"},
+        "peaks": None,
+        "problems": [
+            {
+                "entry": {
+                    "operation": "forward",
+                    "shape": shape,
+                    "dtypes": {"table": "float32"},
+                    "time_us": {"median": 7.0, "iqr": 0.1, "default": None, "reference": None},
+                    "search": {"tried": 3, "rejected": {}},
+                    **trial,
+                },
+                "default": None,
+                "feasible": 3,
+                "pruned": {"wasted": 48},
+                "trials": [
+                    {**trial, "median": 9.0, "iqr": 0.1},
+                    {"family": "pair_vector", "parameters": {}, "median": 8.0, "iqr": 0.1},
+                    {**trial, "rejected": "verify", "message": "y differs\nmore"},
+                ],
+                "ranking": [{**trial, "median": 7.0, "iqr": 0.1}],
+                "seconds": 1.0,
+            }
+        ],
+    }
+    (tmp_path / "20261130.json").write_text(json.dumps(record))
+    (tmp_path / "20261201.json").write_text("broken")
+    words = run("inspect", "--target", "cpu", "--shape", "8,6,4,50", "--what", "choice", "--why").out
+    lines = [line.strip() for line in words.splitlines()]
+    start = lines.index(f"measured on this machine, 2026-11-30, {tmp_path}/20261130.json:")
+    assert lines[start + 1 : start + 5] == [
+        "7.0 us row_vector(batch_tile=64)",
+        "8.0 us pair_vector()",
+        "1 failed: verify, such as y differs",
+        "never tried, for the limit that they break: wasted 48",
+    ]
 
 
 # --- limits ---------------------------------------------------------------------------------------
@@ -267,6 +482,32 @@ def test_a_layer_accepts_the_limit_and_refuses_one_more(name: str) -> None:
                 select(largest + 1)
 
 
+def test_limits_as_data_and_as_records(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        Limit(Operation.FORWARD, "some_family_with_a_long_name", 8, "mode=fast", 26),
+        Limit(Operation.FORWARD, "another", None, "", UNLIMITED),
+        Limit(Operation.FORWARD, "third", 16, "", None),
+    ]
+    monkeypatch.setattr("lmkan_gen.limits.limits", lambda *_: found)
+    data = json.loads(run("limits", "--target", "sm_86", "--json").out)
+    assert data["device"]["arch"] == "sm_86"
+    assert [(d["tile"], d["num_grids"], d["unlimited"]) for d in data["limits"]] == [
+        (8, 26, False),
+        (None, None, True),
+        (16, None, False),
+    ]
+    monkeypatch.setenv("COLUMNS", "60")
+    title, *lines = run("limits", "--target", "sm_86").out.splitlines()
+    assert "sm_86" in title
+    assert lines[:5] == [
+        "operation: forward",
+        "family: some_family_with_a_long_name",
+        "tile: 8",
+        "variant: mode=fast",
+        "max num_grids: 26",
+    ]
+
+
 @pytest.mark.gpu
 def test_limits_of_the_gpu_here(run: Run) -> None:
     outcome = run("limits", "--device", "cuda")
@@ -287,6 +528,9 @@ def test_cache(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     binary = toolchain.binary(family(choice.family).spec(choice.problem, choice.parameters))
     listed = run("cache", "list")
     assert listed.code == 0
+    (kernel,) = json.loads(run("cache", "list", "--json").out)["kernels"]
+    assert (kernel["key"], kernel["directory"]) == (binary.key, str(binary.path.parent))
+    assert json.loads(run("cache", "verify", "--json").out)["checked"] == 1
     assert binary.key[:8] in listed.out
     assert "operation=forward" in listed.out
     assert run("cache", "clear").out.startswith("removed 1 ")

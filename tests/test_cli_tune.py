@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from lmkan_gen import cli, selection
 from lmkan_gen import device as devices
 from lmkan_gen.problem import LayerShape, Operation, Problem
+from lmkan_gen.tuner.progress import Observer, Progress
 from lmkan_gen.tuning_file import load
 
 
@@ -171,3 +173,79 @@ def test_help_has_examples(run: Runner, verb: list[str]) -> None:
     outcome = run(*verb, "--help")
     assert outcome.code == 0
     assert f"lmkan-gen {' '.join(verb)}" in outcome.out.split("Examples:")[1]
+
+
+def test_a_log_has_a_line_for_each_problem_and_no_bars(run: Runner, tmp_path: Path) -> None:
+    output = tmp_path / "mine.yaml"
+    arguments = ["--device", "cpu", "--operation", "forward", "--trials", "1", "--output", str(output)]
+    outcome = run("tune", "--shape", SHAPE, "--shape", "8,6,4,51", *arguments, "--json")
+    assert outcome.code == 0
+    done = [line for line in outcome.err.splitlines() if line.startswith("done ")]
+    assert [line.split(":")[0] for line in done] == ["done 1/2 forward 8,6,4,50", "done 2/2 forward 8,6,4,51"]
+    assert all("1 tried, 0 failed" in line for line in done)
+    assert not any(character in outcome.err for character in "━\r\x1b")
+    found = json.loads(outcome.out)
+    assert found["output"] == str(output)
+    assert [e["time_us"]["median"] for e in found["entries"]] == [
+        e.time_us.median for e in load(output).entries
+    ]
+    assert found["ended_by_budget"] == found["skipped"] == []
+
+
+def test_a_budget_that_ended_a_search_says_so(run: Runner, tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--operation", "forward", "--output", str(tmp_path / "mine.yaml")]
+    outcome = run("tune", "--shape", "64,64,8,1000", *arguments, "--time-budget", "0", "--json")
+    assert outcome.code == 0
+    (ended,) = json.loads(outcome.out)["ended_by_budget"]
+    assert (ended["operation"], ended["shape"], ended["tried"]) == ("forward", "64,64,8,1000", 1)
+    assert f"the time budget ended the search after 1 of {ended['of']} candidates" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("extra", "go_on"),
+    [
+        ([], "the same command with --resume goes on"),
+        (["--resume"], "the same command goes on"),
+        (["--storage", "studies.journal"], "the same command goes on"),
+    ],
+)
+def test_an_interrupt_says_what_was_kept(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: list[str], go_on: str
+) -> None:
+    def interrupted(*_: object, observer: Observer, **__: object) -> None:
+        problem = Problem(Operation.FORWARD, LayerShape(8, 6, 4, 50), devices.cpu())
+        observer.progress(Progress(problem, 0, 4, "measuring", 3, 16, None))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lmkan_gen.tuner.run.tune", interrupted)
+    output = tmp_path / "mine.yaml"
+    outcome = run("tune", "--shape", SHAPE, "--device", "cpu", "--output", str(output), *extra)
+    assert outcome.code == 130
+    kept = f"0 of 4 entries are in {output}, 3 candidates of the next are measured and kept; {go_on}"
+    assert outcome.err.splitlines()[-2:] == [kept, "lmkan-gen: interrupted"]
+
+
+def test_configs_as_data(run: Runner, tmp_path: Path) -> None:
+    broken = selection.user_tuning_directory() / "broken.yaml"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("schema: 3\n")
+    listed = json.loads(run("configs", "list", "--json").out)
+    assert [f["found_in"] for f in listed] == ["user", *["packaged"] * (len(listed) - 1)]
+    assert (listed[0]["valid"], listed[0]["device"]) == (False, None)
+    assert f"{broken}: schema:" in listed[0]["error"]
+    (h200,) = [f for f in listed if f["file"].endswith("/nvidia_h200.yaml")]
+    shown = json.loads(run("configs", "show", "nvidia_h200", "--json").out)
+    assert shown["device"]["name"] == h200["device"] == "NVIDIA H200"
+    assert len(shown["entries"]) == h200["entries"]
+    validated = run("configs", "validate", "--json")
+    assert validated.code == 1
+    assert [f["valid"] for f in json.loads(validated.out)] == [False, *[True] * (len(listed) - 1)]
+
+
+def test_files_are_listed_as_records_where_it_is_narrow(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = run("configs", "list").out.splitlines()
+    (path,) = [s.path for s in selection.sources() if s.path.stem == "nvidia_h200"]
+    at = lines.index("device: NVIDIA H200")
+    assert lines[at + 1] == "arch: sm_90"
+    assert f"file: {path}" in lines

@@ -34,7 +34,7 @@ def test_wheel_holds_the_package_and_its_data(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {
         str(path.relative_to(ROOT))
-        for path in (ROOT / "lmkan_gen").rglob("*")
+        for path in (*(ROOT / "lmkan_gen").rglob("*"), ROOT / "_lmkan_gen_command.py")
         if path.is_file() and "__pycache__" not in path.parts
     }
     for directory in ("templates", "tuning"):
@@ -44,7 +44,7 @@ def test_wheel_holds_the_package_and_its_data(wheel: Path) -> None:
     assert "lmkan_gen/py.typed" in expected
     assert expected <= names
     others = {name for name in names if not name.startswith("lmkan_gen/")}
-    assert all(".dist-info/" in name for name in others)
+    assert all(".dist-info/" in name for name in others - {"_lmkan_gen_command.py"})
     assert any(name.endswith("LICENSE") for name in others)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from lmkan_gen import cli, families, selection
 from lmkan_gen.problem import LayerShape, Operation, TableDtype
-from lmkan_gen.tuner import page, record
+from lmkan_gen.tuner import charts, page, record
 from lmkan_gen.tuner.importance import importance
 from lmkan_gen.tuner.roofline import Peaks, bound_us, compulsory_bytes
 from lmkan_gen.tuner.run import tune
@@ -105,6 +105,8 @@ def test_a_run_is_recorded_and_reported(
         "forward 6,5,4,40",
         "Finalists",
         "Time against each parameter",
+        "Roofline",
+        "Median of the measurements, everything a call needs included, and the interquartile range",
         "Never tried, for the first limit that they break: shared_memory 3.",
         "Tried and failed:",
         "RuntimeError: made to fail",
@@ -155,6 +157,59 @@ def test_nothing_to_report(
             cli.main()
         assert end.value.code == 1
         assert words in capsys.readouterr().err
+
+
+# --- charts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (1.0, 1000.0, [1, 10, 100, 1000]),
+        (19.0, 120.0, [20, 50, 100]),
+        (2.0, 40.0, [3, 10, 30]),
+        (11.0, 21.0, [12, 14, 16, 18, 20]),
+        (4.70, 4.95, [4.7, 4.75, 4.8, 4.85, 4.9, 4.95]),
+        (0.0109, 0.0126, [0.011, 0.0115, 0.012, 0.0125]),
+    ],
+)
+def test_ticks_are_round_and_few(low: float, high: float, expected: list[float]) -> None:
+    assert charts.ticks(low, high) == pytest.approx(expected)
+
+
+def test_ticks_of_any_range_can_be_read() -> None:
+    source = random.Random(5)
+    for _ in range(1000):
+        low = 10 ** source.uniform(-3, 7)
+        high = low * 10 ** source.choice([source.uniform(0.01, 0.3), source.uniform(0.3, 9)])
+        found = charts.ticks(low, high)
+        assert 2 <= len(found) <= 9
+        assert found == sorted(set(found))
+        assert low * 0.999999 <= found[0] < found[-1] <= high * 1.000001
+
+
+def test_the_roofline_has_winners_below_its_roof(run_record: record.RunRecord) -> None:
+    (problem,) = run_record.problems
+    slow = problem.entry.model_copy(
+        update={"time_us": problem.entry.time_us.model_copy(update={"median": 1e6})}
+    )
+    peaks = Peaks(bandwidth=1e9, flops=1e11)
+    figure = charts.roofline([problem.model_copy(update={"entry": slow})], peaks)
+    assert figure is not None
+    roof, winners = figure.data
+    assert roof.y[1] == roof.y[2] == peaks.flops
+    assert roof.y[1] / roof.x[1] == pytest.approx(peaks.bandwidth)
+    # 6 inputs, 5 outputs, 40 samples: 3 pairs a sample and output, 8 operations each, in a second
+    assert list(winners.y) == [pytest.approx(8 * 3 * 5 * 40)]
+    assert winners.x[0] == pytest.approx(8 * 3 * 5 * 40 / (4 * 6 * 40 + 4 * 5 * 40 + SHAPE.table_bytes))
+    assert "forward 6,5,4,40" in winners.text[0]
+
+
+def test_panels_are_of_parameters_that_vary(run_record: record.RunRecord) -> None:
+    (problem,) = run_record.problems
+    measured = [t for t in problem.trials if t.median is not None]
+    assert [title for title, _ in charts.strips(problem, measured)] == ["variant"]
+    assert charts.strips(problem, measured[:1]) == []
 
 
 # --- importance -----------------------------------------------------------------------------------

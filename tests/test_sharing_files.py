@@ -145,7 +145,7 @@ def test_commands_say_so(run: Run, monkeypatch: pytest.MonkeyPatch, shipped: Pat
     code, said = run("configs", "validate", str(path))
     assert code == 0
     assert "stale: forward 64,64,8,4096, its kernel has changed since" in said
-    assert "NVIDIA GeForce RTX 4090 │ sm_89 │ 1       │ 1 " in run("configs", "list")[1]
+    assert "NVIDIA GeForce RTX 4090 │ sm_89 │       1 │     1 " in run("configs", "list")[1]
 
 
 @pytest.mark.parametrize("arch", ["sm_87", "sm_130"])

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -371,3 +372,55 @@ def test_closed_trials_are_closed(faulty: Space, tmp_path: Path) -> None:
     resumed = Study(faulty, 6, storage.shared(url))
     states = [t.state for t in resumed._study.get_trials()]
     assert states == [TrialState.FAIL]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://me:hunter2@db.example.org/studies",  # no driver, or no such host
+        "postgresql://me:hunter2",  # the password where the port is expected
+        "postgresql://me:hun@hunter2/x@localhost:1/studies",
+        "mysql+nothing://me:hunter2@localhost/studies",
+        "redis://:hunter2@localhost:1x/0",
+        "redis://hunter2:1x",
+        "sqlite:///nowhere/hunter2?mode=hunter2",
+        "hunter2@nonsense://localhost",
+        "me:hunter2://localhost",
+        "postgresql:/me:hunter2@localhost/studies",
+        "postgresql//me/hunter2",
+        "me:hunter2@localhost",
+        "redis:hunter2",
+        "%68unter2@nonsense",
+    ],
+)
+def test_a_storage_url_is_never_echoed(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(storage.StorageFailed) as caught:
+        storage.shared(url)
+    shown = "".join(traceback.format_exception(caught.value)) + caplog.text
+    assert "hunter2" not in shown
+    assert "unter2@" not in shown
+    assert "journal file's path, redis://..., or a database URL" in shown
+    assert not list(tmp_path.iterdir()), "no journal is called like a URL"
+
+
+def test_a_file_that_is_called_like_a_url_can_be_named(tmp_path: Path) -> None:
+    storage.shared(f"journal://{tmp_path}/me@home:1.journal")
+    assert (tmp_path / "me@home:1.journal").exists()
+
+
+def test_journals_are_private_unless_made_otherwise(tmp_path: Path) -> None:
+    umask = os.umask(0)
+    try:
+        storage.shared(str(tmp_path / "new.journal"))
+        with storage.private(tmp_path, "own", resume=False):
+            pass
+        shared = tmp_path / "shared.journal"
+        shared.touch(mode=0o660)
+        storage.shared(str(shared))
+    finally:
+        os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("*.journal")}
+    assert modes == {"new.journal": 0o600, "own.journal": 0o600, "shared.journal": 0o660}

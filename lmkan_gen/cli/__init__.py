@@ -6,7 +6,9 @@ compiler); each verb imports what it needs when it runs.
 
 from __future__ import annotations
 
+import errno
 import sys
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -33,6 +35,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from lmkan_gen import __version__
+
+        typer.echo(f"lmkan-gen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command("tune", no_args_is_help=True)(tune_command)
 app.command("report")(report_command)
 app.command("build", no_args_is_help=True)(build_command)
@@ -44,15 +65,40 @@ app.add_typer(cache_app, name="cache")
 app.command("doctor")(doctor_command)
 
 
+#: exit code after Ctrl-C, as shells have it
+INTERRUPTED = 130
+#: base of what typer raises for wrong usage: click's class, or that of typer's own copy of click
+_UsageError = cast(type[Any], typer.BadParameter.__mro__[2])
+
+
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+    """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     try:
-        app()
-    except (
-        ValueError,
-        RuntimeError,
-        OSError,
-        ImportError,
-    ) as error:  # how this package reports what went wrong
-        print(f"lmkan-gen: {error}", file=sys.stderr)
-        sys.exit(1)
+        code = app(standalone_mode=False)
+    except _UsageError as error:
+        error.show()  # plain text: a frame would break paths that are longer than a line
+        sys.exit(error.exit_code)
+    except typer.Abort:  # how some releases of typer report Ctrl-C
+        code = INTERRUPTED
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # whoever reads the output has seen enough
+            sys.exit(1)
+        _fail(_of_file(error))
+    except (ValueError, RuntimeError, ImportError) as error:  # how this package reports what went wrong
+        _fail(str(error) or type(error).__name__)
+    if code == INTERRUPTED:
+        print("lmkan-gen: interrupted", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    from lmkan_gen.text import printable
+
+    print("lmkan-gen:", "\n".join(map(printable, message.splitlines())), file=sys.stderr)
+    sys.exit(1)
+
+
+def _of_file(error: OSError) -> str:
+    if error.filename is None or error.strerror is None:
+        return str(error) or type(error).__name__
+    return f"{error.filename}: {error.strerror}"

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmkan_gen.cli.options import parse_shape, parse_target
+from lmkan_gen.cli.options import check_output, parse_shape, parse_target, read_shapes, told_of_interrupt
 
 if TYPE_CHECKING:
     from lmkan_gen.device import Device
-    from lmkan_gen.problem import LayerShape
 
 
 def build_command(
@@ -51,10 +50,12 @@ def build_command(
       lmkan-gen build --arch sm_80,sm_90 --shapes shapes.txt
       lmkan-gen build --arch sm_90,cpu --shape 512,512,18,65536 --bundle kernels.zip
     """
-    wanted = [parse_shape(s) for s in shape or []] + (_read(shapes) if shapes else [])
+    wanted = [parse_shape(s) for s in shape or []] + (read_shapes(shapes) if shapes else [])
     if not wanted:
         raise typer.BadParameter("give the layers with --shape or --shapes", param_hint="--shape / --shapes")
     devices = [device for name in arch.split(",") for device in _devices(name.strip())]
+    if bundle is not None:
+        check_output(bundle, "--bundle")
 
     from rich.console import Console
     from rich.progress import Progress
@@ -63,7 +64,12 @@ def build_command(
     from lmkan_gen.ahead import kernels
 
     specs = kernels(wanted, devices, backward=not forward_only)
-    with Progress(console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    kept = "kernels that are done are kept; the same command compiles the rest"
+    with (
+        told_of_interrupt(lambda: kept),
+        Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
+    ):
         task = bar.add_task("compiling", total=len(specs))
         results = toolchain.build(specs, lambda spec, result: bar.advance(task))
     binaries = [r for r in results if isinstance(r, toolchain.Binary)]
@@ -91,13 +97,8 @@ def build_command(
         )
 
 
-def _read(path: Path) -> list[LayerShape]:
-    lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
-    return [parse_shape(line) for line in lines if line]
-
-
 def _devices(name: str) -> tuple[Device, ...]:
     from lmkan_gen.device import models
 
-    device = parse_target(name)
+    device = parse_target(name, "--arch")
     return models(name) if device.kind == "cuda" else (device,)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from lmkan_gen.cli.options import JsonOption, print_json
+from lmkan_gen.text import counted
 
 cache_app = typer.Typer(
     help="Look at, or empty, the store of compiled kernels.\n\n"
@@ -30,7 +35,7 @@ def path_command() -> None:
 
 
 @cache_app.command("list")
-def list_command() -> None:
+def list_command(as_json: JsonOption = False) -> None:
     """Print the compiled kernels, newest first, those that bundles brought too.
 
     \b
@@ -38,32 +43,40 @@ def list_command() -> None:
       lmkan-gen cache list
     """
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
+    from lmkan_gen.sheet import Column, Sheet
     from lmkan_gen.text import printable
     from lmkan_gen.toolchain import store
 
     entries = store.entries()
+    if as_json:
+        print_json({"directory": store.root(), "kernels": [asdict(e) for e in entries]})
+        return
     if not entries:
         typer.echo(f"no compiled kernels in {store.root()}")
         return
-    table = Table(title=Text(printable(store.root())))
-    for heading in ("key", "target", "KiB", "created"):
-        table.add_column(heading, no_wrap=True, justify="right" if heading == "KiB" else "left")
-    table.add_column("kernel, compiler", overflow="fold")
+    sheet = Sheet(
+        [
+            Column("key"),
+            Column("target"),
+            Column("KiB", number=True),
+            Column("created"),
+            Column("kernel, compiler", words=True),
+        ],
+        printable(store.root()),
+    )
     for e in entries:
         constants = ", ".join(f"{name}={value}" for name, value in sorted(e.constants.items()))
         created = e.created[:16].replace("T", " ")
         origin = f", from bundle {e.bundle[:8]}" if e.bundle else ""
         what = f"{printable(f'{e.template}: {constants}')}\n{printable(e.compiler)}{origin}"
         row = (e.key[:8], e.arch, f"{e.bytes / 1024:.0f}", created)
-        table.add_row(*(Text(printable(cell)) for cell in row), Text(what))
-    Console().print(table)
+        sheet.add(*map(printable, row), what)
+    sheet.print(Console())
 
 
 @cache_app.command("clear")
-def clear_command() -> None:
+def clear_command(as_json: JsonOption = False) -> None:
     """Remove all compiled kernels, loaded bundles and the sources kept of failed compilations.
 
     It counts the kernels, those of bundles too. What `tune` keeps for --resume and for reports stays.
@@ -74,7 +87,11 @@ def clear_command() -> None:
     """
     from lmkan_gen.toolchain import store
 
-    typer.echo(f"removed {store.clear()} compiled kernels from {store.root()}")
+    removed = store.clear()
+    if as_json:
+        print_json({"directory": store.root(), "removed": removed})
+        return
+    typer.echo(f"removed {counted(removed, 'compiled kernel', 'compiled kernels')} from {store.root()}")
 
 
 @cache_app.command("trim")
@@ -83,6 +100,7 @@ def trim_command(
         int | None,
         typer.Option(min=0, metavar="MIB", help="How much to leave; $LMKAN_GEN_CACHE_LIMIT, else 4096."),
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Remove the compiled kernels and kept failures that have not been used for longest.
 
@@ -96,6 +114,9 @@ def trim_command(
     from lmkan_gen.toolchain import store
 
     done = store.trim(store.limit() if to is None else to << 20)
+    if as_json:
+        print_json({"directory": store.root(), **dataclasses.asdict(done)})
+        return
     typer.echo(
         f"removed {done.removed} kernels and failures ({done.removed_bytes / 2**20:.1f} MiB) from "
         f"{store.root()}; {done.left} are left ({done.left_bytes / 2**20:.1f} MiB)"
@@ -103,7 +124,7 @@ def trim_command(
 
 
 @cache_app.command("verify")
-def verify_command() -> None:
+def verify_command(as_json: JsonOption = False) -> None:
     """Check that every kernel is what was compiled under its name; exit code 1 when one is not.
 
     Kernels of bundles too. A damaged one is never used: it is compiled again when it is next needed.
@@ -117,10 +138,13 @@ def verify_command() -> None:
     from lmkan_gen.toolchain import store
 
     damaged = store.verify() + bundles.verify()
-    for found in damaged:
-        typer.echo(printable(f"{found.directory}: {found.why}"), err=True)
     checked = store.count()
-    typer.echo(f"{checked - len(damaged)} of {checked} kernels in {store.root()} are whole")
+    if as_json:
+        print_json({"directory": store.root(), "checked": checked, "damaged": [asdict(d) for d in damaged]})
+    else:
+        for found in damaged:
+            typer.echo(printable(f"{found.directory}: {found.why}"), err=True)
+        typer.echo(f"{checked - len(damaged)} of {checked} kernels in {store.root()} are whole")
     if damaged:
         raise typer.Exit(1)
 
@@ -132,6 +156,7 @@ def load_command(
         str | None,
         typer.Option(metavar="HASH", help="What the file's SHA-256 must be, as `build` printed it."),
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Add the kernels of a bundle, so that layers run them without a compiler.
 
@@ -146,4 +171,8 @@ def load_command(
     from lmkan_gen.toolchain import store
 
     loaded = bundles.load(bundle, sha256)
-    typer.echo(f"{loaded.kernels} kernels loaded into {store.root()}, SHA-256 {loaded.sha256}")
+    if as_json:
+        print_json({"directory": store.root(), "loaded": loaded.kernels, "sha256": loaded.sha256})
+        return
+    kernels = counted(loaded.kernels, "kernel", "kernels")
+    typer.echo(f"{kernels} loaded into {store.root()}, SHA-256 {loaded.sha256}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from lmkan_gen.cli.options import JsonOption, check_output, print_json
 
 if TYPE_CHECKING:
     from lmkan_gen.tuning_file import TuningFile
@@ -14,7 +16,7 @@ configs_app = typer.Typer(help="List, show, validate and export tuning files.", 
 
 
 @configs_app.command("list")
-def list_command() -> None:
+def list_command(as_json: JsonOption = False) -> None:
     """List the tuning files in the order in which they are asked.
 
     Stale entries were measured with other kernel sources than there are now: tune them again.
@@ -25,35 +27,30 @@ def list_command() -> None:
       LMKAN_GEN_TUNING=my_gpu.yaml lmkan-gen configs list
     """
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    from lmkan_gen.freshness import stale_entries
     from lmkan_gen.selection import TUNING_VARIABLE, sources, user_tuning_directory
+    from lmkan_gen.sheet import Column, Sheet
     from lmkan_gen.text import printable
-    from lmkan_gen.tuning_file import TuningFileError, load
 
-    table = Table()
-    for heading in ("found in", "device", "arch", "entries", "stale", "file"):
-        table.add_column(heading, overflow="fold")
-    found = sources()
-    for source in found:
-        try:
-            file = load(source.path)
-        except TuningFileError:
-            row = ("not valid", "-", "-", "-")
-        else:
-            stale = str(len(stale_entries(file)) or "-")
-            skipped = f" and {len(file.skipped)} passed over" if file.skipped else ""
-            row = (file.device.name, file.device.arch, f"{len(file.entries)}{skipped}", stale)
-        table.add_row(*map(Text, (source.origin, *row, printable(source.path))))
-    if found:
-        Console().print(table)
-    else:
+    found = [{"found_in": source.origin, **_checked(source.path)} for source in sources()]
+    if as_json:
+        print_json(found)
+        return
+    if not found:
         typer.echo(
             f"no tuning files: ${TUNING_VARIABLE} names none, and there are none in "
             f"{user_tuning_directory()} or in the package"
         )
+        return
+    numbers = (Column("entries", number=True), Column("stale", number=True))
+    sheet = Sheet([*map(Column, ("found in", "device", "arch")), *numbers, Column("file")])
+    for f in found:
+        row = ("not valid", "-", "-", "-")
+        if f["device"] is not None:
+            skipped = f" and {len(f['passed_over'])} passed over" if f["passed_over"] else ""
+            row = (f["device"], f["arch"], f"{f['entries']}{skipped}", str(len(f["stale"]) or "-"))
+        sheet.add(f["found_in"], *map(printable, row), printable(f["file"]))
+    sheet.print(Console())
 
 
 @configs_app.command("show", no_args_is_help=True)
@@ -62,6 +59,7 @@ def show_command(
         str,
         typer.Argument(metavar="NAME|FILE", help="A file, or a listed one's name: nvidia_h200."),
     ],
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a tuning file holds, and what was measured with.
 
@@ -78,11 +76,16 @@ def show_command(
 
     path = _find(name)
     file = load(path)
+    if as_json:
+        passed_over = [record.describe() for record in file.skipped]
+        found = file.model_dump(mode="json", by_alias=True)
+        print_json({"file": path, **found, "passed_over": passed_over})
+        return
     console = Console()
     console.print(
         f"{printable(path)}\n{_provenance(file)}", highlight=False, soft_wrap=True, markup=False, emoji=False
     )
-    console.print(summary(file.entries, f"{file.device.name} ({file.device.arch})"))
+    summary(file.entries, f"{file.device.name} ({file.device.arch})").print(console)
     for record in file.skipped:
         typer.echo(f"passed over: {record.describe()}")
 
@@ -93,6 +96,7 @@ def validate_command(
         list[str] | None,
         typer.Argument(metavar="[NAME|FILE]...", help="By default all files that `list` shows."),
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Check tuning files down to single parameter values; exit code 1 when one is not valid.
 
@@ -107,6 +111,12 @@ def validate_command(
     from lmkan_gen.tuning_file import TuningFileError, load
 
     paths = [_find(f) for f in files] if files else [s.path for s in sources()]
+    if as_json:
+        checked = [_checked(path) for path in paths]
+        print_json(checked)
+        if not all(c["valid"] for c in checked):
+            raise typer.Exit(1)
+        return
     invalid = 0
     for path in paths:
         try:
@@ -140,6 +150,7 @@ def export_command(
         Path,
         typer.Option(file_okay=False, help="Directory to write to, such as a checkout's tuning/."),
     ] = Path("tuning"),
+    as_json: JsonOption = False,
 ) -> None:
     """Make a file that is ready to be contributed: checked, named after the device, added to what ships.
 
@@ -150,9 +161,14 @@ def export_command(
       lmkan-gen configs export nvidia_geforce_rtx_4090
       lmkan-gen configs export ./my_gpu.yaml --output /tmp
     """
+    check_output(output, "--output", directory=True)
+
     from lmkan_gen.export import export
 
     path, added, total = export(_find(name), output)
+    if as_json:
+        print_json({"file": path, "entries": total, "added": added})
+        return
     typer.echo(f"{path}: {added} entries new or better founded, {total} in all")
     typer.echo("next: make golden, then make test, then a pull request (docs/contributing-a-gpu.md)")
 
@@ -168,6 +184,27 @@ def schema_command() -> None:
     from lmkan_gen.tuning_schema import text
 
     typer.echo(text(), nl=False)
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    """What is to be said of a tuning file; no device where it cannot be read at all."""
+    from lmkan_gen.freshness import stale_entries
+    from lmkan_gen.tuning_file import TuningFileError, load
+
+    try:
+        file = load(path)
+    except TuningFileError as error:
+        return {"file": path, "valid": False, "error": str(error), "device": None}
+    return {
+        "file": path,
+        "valid": not file.skipped,
+        "error": None,
+        "device": file.device.name,
+        "arch": file.device.arch,
+        "entries": len(file.entries),
+        "passed_over": [record.describe() for record in file.skipped],
+        "stale": [f"{entry.operation} {entry.shape.layer}" for entry in stale_entries(file)],
+    }
 
 
 def _find(name: str) -> Path:

@@ -66,20 +66,21 @@ def doctor_command(
         typer.echo(json.dumps([asdict(f) for f in findings], indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from lmkan_gen.text import printable
 
     style = {Status.OK: "green", Status.MISSING: "yellow", Status.PROBLEM: "red"}
-    table = Table(show_header=False, box=None)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    console = Console()
+    widest, longest = max(len(f.topic) for f in findings), max(map(len, Status))
     for f in findings:
-        detail = "\n".join(map(printable, f.detail.splitlines()))
-        table.add_row(Text(f.topic), Text(f.status, style=style[f.status]), Text(detail))
-    Console().print(table)
+        # lines are left whole, so that paths in them are
+        lines = [printable(line) for line in f.detail.splitlines()] or [""]
+        indent = "\n" + " " * (widest + longest + 2)
+        status = (f.status.ljust(longest), style[f.status])
+        console.print(
+            Text.assemble(f.topic.ljust(widest), " ", status, " ", indent.join(lines)), soft_wrap=True
+        )
 
 
 def _probes() -> Iterator[_Probe]:

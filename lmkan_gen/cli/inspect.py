@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lmkan_gen.cli.options import OperationName, TableOption, parse_shape, parse_target
+from lmkan_gen.cli.options import OperationName, TableOption, parse_shape, parse_target, print_json
 
 if TYPE_CHECKING:
     from lmkan_gen.compare import Difference
-    from lmkan_gen.plan import LaunchPlan
+    from lmkan_gen.problem import Problem
     from lmkan_gen.selection import Choice
-    from lmkan_gen.toolchain import Binary
 
 What = Literal["source", "ptx", "sass", "resources", "choice"]
 
@@ -36,6 +37,15 @@ def inspect_command(
             help="source and choice need neither GPU nor compiler; the others need nvcc and an sm_XY target."
         ),
     ] = "source",
+    why: Annotated[
+        bool,
+        typer.Option(
+            "--why", help="With --what choice: runners-up, their times, and why other families cannot run."
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, for programs; with --what choice or resources.")
+    ] = False,
     diff: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="A.yaml B.yaml", help="Compare two tuning files instead."),
@@ -47,6 +57,7 @@ def inspect_command(
     Examples:
       lmkan-gen inspect --target sm_90 --shape 128,128,26,1024
       lmkan-gen inspect --target sm_86 --shape 64,64,8,1024 --what choice
+      lmkan-gen inspect --target sm_86 --shape 64,64,8,1024 --what choice --why
       lmkan-gen inspect --target cpu --shape 64,64,8,1024 --operation backward
       lmkan-gen inspect --target sm_120 --shape 64,64,8,1024 --what resources
       lmkan-gen inspect --diff before.yaml after.yaml
@@ -61,6 +72,12 @@ def inspect_command(
     if shape is None:
         raise typer.BadParameter("say for which layer call", param_hint="--shape")
 
+    if why and what != "choice":
+        raise typer.BadParameter(f"goes with --what choice, not with --what {what}", param_hint="--why")
+    if as_json and what not in ("choice", "resources"):
+        raise typer.BadParameter(f"goes with --what choice or resources, not {what}", param_hint="--json")
+
+    from lmkan_gen.cli.why import choice_as_data, choice_in_words
     from lmkan_gen.problem import Operation, Problem, TableDtype
     from lmkan_gen.selection import select, select_backward
 
@@ -69,20 +86,44 @@ def inspect_command(
         raise typer.BadParameter(f"{what} exists for sm_75 ... sm_120 only", param_hint="--what")
     choices = select_backward(problem) if problem.operation is Operation.BACKWARD else (select(problem),)
     if what == "choice":
+        if as_json:
+            print_json([choice_as_data(choice, why=why) for choice in choices])
+            return
         for choice in choices:
-            typer.echo(choice.describe())
+            typer.echo(choice_in_words(choice) if why else choice.describe())
+        if why and problem.operation is Operation.BACKWARD:
+            _tell_other_way(problem, choices)
+        return
+    if what == "resources" and as_json:
+        print_json([{**choice_as_data(c, why=False), "kernels": _resources_of(c)} for c in choices])
         return
     for choice in choices:
         typer.echo(f"// {choice.describe()}")
         typer.echo(_text(choice, what))
 
 
+def _tell_other_way(problem: Problem, taken: Sequence[Choice]) -> None:
+    """One kernel for both gradients where two were taken, and the other way round."""
+    from lmkan_gen.families import families
+    from lmkan_gen.problem import Operation
+    from lmkan_gen.selection import select
+
+    both = len(taken) > 1
+    others = (Operation.BACKWARD,) if both else (Operation.GRAD_INPUT, Operation.GRAD_TABLE)
+    typer.echo(f"the other way, {'one kernel for both gradients' if both else 'a kernel for each gradient'}:")
+    for operation in others:
+        if families(problem.device.kind, operation, problem.table):
+            typer.echo(f"  {select(replace(problem, operation=operation)).describe()}")
+        else:
+            typer.echo(f"  there is none for {problem.table} tables on {problem.device.name}")
+
+
 def _print_differences(a: Path, b: Path) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from lmkan_gen.compare import compare
+    from lmkan_gen.sheet import Column, Sheet
     from lmkan_gen.text import printable
     from lmkan_gen.tuner.report import duration
     from lmkan_gen.tuning_file import load
@@ -92,19 +133,21 @@ def _print_differences(a: Path, b: Path) -> None:
     devices = [f"{file.device.name} ({file.device.arch})" for file in (one, two)]
     if devices[0] != devices[1]:
         console.print(Text(f"A is of {devices[0]}, B of {devices[1]}"), soft_wrap=True)
-    table = Table(title=Text(f"A = {printable(a)}, B = {printable(b)}"))
-    for heading in ("call", "shape"):
-        table.add_column(heading)
-    for heading in ("A", "B", "B faster"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("kernel, A -> B", overflow="fold")
+    sheet = Sheet(
+        [
+            *map(Column, ("call", "shape")),
+            *(Column(heading, number=True) for heading in ("A", "B", "B faster")),
+            Column("kernel, A -> B", words=True),
+        ],
+        f"A = {printable(a)}, B = {printable(b)}",
+    )
     for d in compare(one, two):
         entry = d.a or d.b
         assert entry is not None
         dtype = "" if entry.dtypes.table == "float32" else f" {entry.dtypes.table}"
         times = [duration(e.time_us.median) if e else "-" for e in (d.a, d.b)]
-        table.add_row(entry.operation, f"{entry.shape.layer}{dtype}", *times, *_words(d))
-    console.print(table)
+        sheet.add(entry.operation, f"{entry.shape.layer}{dtype}", *times, *_words(d))
+    sheet.print(console)
 
 
 def _words(d: Difference) -> tuple[str, str]:
@@ -120,39 +163,42 @@ def _words(d: Difference) -> tuple[str, str]:
 
 
 def _text(choice: Choice, what: What) -> str:
-    from lmkan_gen import codegen
+    from lmkan_gen import codegen, toolchain
     from lmkan_gen.families import family
 
-    if choice.family is None:
-        raise RuntimeError(f"there is no generated kernel to show: {choice.describe()}")
-    chosen = family(choice.family)
-    spec = chosen.spec(choice.problem, choice.parameters)
+    spec = family(_family(choice)).spec(choice.problem, choice.parameters)
     if what == "source":
         return codegen.render(spec)
-
-    from lmkan_gen import toolchain
-
     if what == "ptx":
         return toolchain.ptx(spec)
-    binary = toolchain.binary(spec)
     if what == "sass":
-        return toolchain.sass(binary)
-    return _resources(binary, chosen.plan(choice.problem, choice.parameters))
+        return toolchain.sass(toolchain.binary(spec))
+    return "\n".join(
+        f"{r['kernel']}: {r['threads']} threads, {r['registers']} registers per thread, "
+        f"spills {r['spill_stores']} bytes stored {r['spill_loads']} loaded, stack {r['stack']} bytes, "
+        f"shared memory {r['static_shared']} static + {r['dynamic_shared']} dynamic bytes per block"
+        for r in _resources_of(choice)
+    )
 
 
-def _resources(binary: Binary, plan: LaunchPlan) -> str:
-    """One line per kernel that the plan starts."""
+def _family(choice: Choice) -> str:
+    if choice.family is None:
+        raise RuntimeError(f"there is no generated kernel to show: {choice.describe()}")
+    return choice.family
+
+
+def _resources_of(choice: Choice) -> list[dict[str, str | int]]:
+    """Of each kernel that the choice's plan starts: threads, registers; spills and memory in bytes."""
     from lmkan_gen import toolchain
+    from lmkan_gen.families import family
     from lmkan_gen.plan import Launch
 
+    chosen = family(_family(choice))
+    binary = toolchain.binary(chosen.spec(choice.problem, choice.parameters))
     reported = {r.kernel: r for r in toolchain.resources(binary)}
-    lines = []
-    for step in plan.steps:
+    found: list[dict[str, str | int]] = []
+    for step in chosen.plan(choice.problem, choice.parameters).steps:
         if isinstance(step, Launch):
-            r = reported[step.kernel]
-            lines.append(
-                f"{r.kernel}: {step.block} threads, {r.registers} registers per thread, "
-                f"spills {r.spill_stores} bytes stored {r.spill_loads} loaded, stack {r.stack} bytes, "
-                f"shared memory {r.static_shared} static + {step.shared_memory} dynamic bytes per block"
-            )
-    return "\n".join(lines)
+            r = asdict(reported[step.kernel])
+            found.append({**r, "threads": step.block, "dynamic_shared": step.shared_memory})
+    return found

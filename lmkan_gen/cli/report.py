@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lmkan_gen.cli.options import check_output
+
 
 def report_command(
     run: Annotated[
@@ -27,6 +29,8 @@ def report_command(
       lmkan-gen report
       lmkan-gen report 20261124-135516-000000-nvidia_h200.json --output h200.html
     """
+    check_output(output, "--output")
+
     from lmkan_gen.tuner import page, record
 
     path = run or record.latest()

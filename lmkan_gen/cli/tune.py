@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lmkan_gen.cli.options import TableOption, parse_cuda_device, parse_shape
+from lmkan_gen.cli.model import shapes_of_model
+from lmkan_gen.cli.options import (
+    JsonOption,
+    TableOption,
+    check_output,
+    parse_cuda_device,
+    parse_shape,
+    print_json,
+    told_of_interrupt,
+)
 
 if TYPE_CHECKING:
     import torch
-
-    from lmkan_gen.problem import LayerShape
 
 
 def tune_command(
@@ -27,7 +31,8 @@ def tune_command(
         str | None,
         typer.Option(
             metavar="MODULE:FACTORY",
-            help="Tune for all lmKAN layers of the model that this function returns.",
+            help="Tune for all lmKAN layers of the model that this function returns. Imports the module and "
+            "runs the function, with the current directory first on the path: name only code that you trust.",
         ),
     ] = None,
     batch: Annotated[
@@ -72,11 +77,12 @@ def tune_command(
             help="Share the search with all processes that name the same journal file or database.",
         ),
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Find the fastest kernels for layer shapes and write them to a tuning file.
 
     Candidates are compiled in parallel, checked against the reference, and timed in a process of
-    their own.
+    their own. Progress goes to standard error, results to standard output.
 
     \b
     Examples:
@@ -91,7 +97,7 @@ def tune_command(
 
     shapes = [parse_shape(s) for s in shape or []]
     if model is not None:
-        shapes += _shapes_of_model(model, batch)
+        shapes += shapes_of_model(model, batch)
     elif batch is not None:
         raise typer.BadParameter("a batch goes with a model", param_hint="--batch")
     if not shapes:
@@ -109,15 +115,22 @@ def tune_command(
     from rich.console import Console
 
     from lmkan_gen import device as devices
-    from lmkan_gen.text import printable
-    from lmkan_gen.tuner.report import ConsoleObserver, summary
+    from lmkan_gen.cli.tune_observer import Listener
+    from lmkan_gen.text import counted, printable
+    from lmkan_gen.tuner import record
+    from lmkan_gen.tuner.report import summary
     from lmkan_gen.tuner.run import FULL_TRIALS, QUICK_TRIALS, default_output, tune
 
     chip = devices.of(chosen)
     target = output or default_output(chip)
-    console = Console()
-    typer.echo(f"tuning for {chip.name} ({chip.arch}), writing {printable(target)}")
-    with ConsoleObserver(console) as observer:
+    check_output(target, "--output")
+    typer.echo(f"tuning for {chip.name} ({chip.arch}), writing {printable(target)}", err=True)
+    listener = Listener(Console(stderr=True))
+    go_on = "the same command" if storage or resume else "the same command with --resume"
+    with (
+        told_of_interrupt(lambda: f"{listener.kept(target)}; {go_on} goes on"),
+        listener,
+    ):
         result = tune(
             shapes,
             chosen,
@@ -128,52 +141,15 @@ def tune_command(
             output=target,
             resume=resume,
             storage_url=storage,
-            observer=observer,
+            observer=listener,
         )
-    console.print(summary(result.entries, f"{chip.name}, time per call"))
-    console.print("lmkan-gen report writes a page about this run", highlight=False)
-
-
-def _shapes_of_model(path: str, batches: str | None) -> list[LayerShape]:
-    """Shapes of the layer calls of the model that the function at ``path`` makes."""
-    from lmkan_gen.model_tuning import layer_calls, layer_shapes
-
-    made = _import(path)()
-    model, *sample = made if isinstance(made, tuple) else (made,)
-    if not hasattr(model, "modules") or len(sample) > 1:
-        raise typer.BadParameter(
-            f"{path} returned {made!r:.80}; it must return a model, or a model and its sample input",
-            param_hint="--model",
-        )
-    if sample:
-        if batches is not None:
-            raise typer.BadParameter(f"{path} returns a sample input; leave it out", param_hint="--batch")
-        return layer_calls(model, sample[0])
-    if batches is None:
-        raise typer.BadParameter(
-            f"give the samples that layers see; or let {path} return (model, sample input)",
-            param_hint="--batch",
-        )
-    fields = batches.split(",")
-    if not all(f.strip().isdecimal() for f in fields):
-        raise typer.BadParameter(f"{batches!r} is not a list such as 64,1024", param_hint="--batch")
-    return layer_shapes(model, [int(f) for f in fields])
-
-
-def _import(path: str) -> Callable[[], Any]:
-    name, _, attribute = path.partition(":")
-    if not name or not attribute:
-        raise typer.BadParameter(f"{path!r} is not MODULE:FACTORY", param_hint="--model")
-    if "" not in sys.path:  # a console script does not see modules in the current directory
-        sys.path.insert(0, "")
-    try:
-        found = getattr(import_module(name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise typer.BadParameter(f"{path}: {error}", param_hint="--model") from error
-    if not callable(found):
-        raise typer.BadParameter(f"{path} is no function", param_hint="--model")
-    factory: Callable[[], Any] = found
-    return factory
+    if as_json:
+        found = result.model_dump(mode="json", by_alias=True)
+        print_json({"output": target, "record": record.latest(), **found, **listener.said()})
+        return
+    summary(result.entries, f"{chip.name}, time per call").print(Console())
+    typer.echo(f"written to {printable(target)}: {counted(len(result.entries), 'entry', 'entries')}")
+    typer.echo("lmkan-gen report writes a page about this run")
 
 
 def _device(text: str) -> torch.device:

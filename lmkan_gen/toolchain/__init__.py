@@ -6,6 +6,7 @@ Compilers are looked for when first needed, never on import.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shlex
 import shutil
@@ -39,6 +40,8 @@ __all__ = [
     "resources",
     "sass",
 ]
+
+logger = logging.getLogger("lmkan_gen")
 
 Result = Binary | ToolchainError
 Loaded = TypeVar("Loaded")
@@ -212,6 +215,7 @@ def _load(pending: Sequence[_Compilation], settle: _Settle) -> list[_Compilation
     for c in pending:
         found = store.load(c.key, c.compiler) or bundle.find(c.source, c.spec.arch, c.spec.is_cuda)
         if found is not None:
+            logger.debug("%s: compiled before, %s", _what(c), found.path)
             settle(c.spec, found)
         else:
             missing.append(c)
@@ -228,7 +232,10 @@ def _compile(pending: Sequence[_Compilation], settle: _Settle) -> None:
         waiting = {i: c.compiler for i, c in enumerate(pending)}
 
         def finished(i: int) -> None:
-            settle(pending[i].spec, _collect(pending[i], staging / str(i)))
+            result = _collect(pending[i], staging / str(i))
+            outcome = "does not compile" if isinstance(result, ToolchainError) else f"compiled, {result.path}"
+            logger.debug("%s: %s, by %s", _what(pending[i]), outcome, pending[i].compiler.identity)
+            settle(pending[i].spec, result)
             del waiting[i]
 
         while waiting:

@@ -41,6 +41,13 @@ class Observer:
     def skipped(self, problem: Problem, why: str) -> None:
         """Nothing could be tuned for ``problem``."""
 
+    def cut_short(self, problem: Problem, tried: int, total: int) -> None:
+        """The time budget ended the search for ``problem``, after ``tried`` of ``total`` candidates."""
+        self.noted(
+            f"{problem.operation} {problem.shape}: the time budget ended the search after {tried} of {total} "
+            "candidates; a larger one, with resume, goes on"
+        )
+
     def noted(self, text: str) -> None:
         """Something about the results that a user has to know."""
         logger.warning("%s", text)

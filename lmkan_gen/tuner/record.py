@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lmkan_gen.plan import Constant
 from lmkan_gen.problem import Operation
@@ -67,7 +67,7 @@ class ProblemRecord(_Record):
 
     ``feasible`` candidates could have been tried; ``pruned`` counts the others by the limit they break.
     ``ranking`` holds what the finalists and the default took when measured again, in turns. ``seconds``
-    is wall-clock time, compilation included.
+    is wall-clock time, compilation included. ``ended_by_budget``: not all were tried that should have been.
     """
 
     entry: Winner
@@ -77,6 +77,7 @@ class ProblemRecord(_Record):
     trials: tuple[Trial, ...]
     ranking: tuple[Trial, ...]
     seconds: float
+    ended_by_budget: bool = False
 
     @classmethod
     def of(
@@ -86,6 +87,7 @@ class ProblemRecord(_Record):
         results: dict[Candidate, Timing | Rejected],
         ranking: dict[Candidate, Timing],
         seconds: float,
+        ended_by_budget: bool,
     ) -> ProblemRecord:
         """The record of a finished search."""
         default = space.default
@@ -106,6 +108,7 @@ class ProblemRecord(_Record):
             trials=tuple(Trial.of(c, r) for c, r in results.items()),
             ranking=tuple(Trial.of(c, t) for c, t in ranking.items()),
             seconds=seconds,
+            ended_by_budget=ended_by_budget,
         )
 
 
@@ -143,10 +146,15 @@ def load(path: Path) -> RunRecord:
     """Read a record.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is not one; says in one line what is wrong with it.
         OSError: it cannot be read.
     """
-    return RunRecord.model_validate_json(path.read_bytes())
+    try:
+        return RunRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from error
 
 
 def latest() -> Path | None:

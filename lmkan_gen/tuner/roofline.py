@@ -70,11 +70,15 @@ def bound_us(
     operation: Operation, shape: LayerShape, peaks: Peaks, table: TableDtype = TableDtype.FLOAT32
 ) -> float | None:
     """Microseconds that no kernel for this call can beat; None for operations that it is not known of."""
-    size = compulsory_bytes(operation, shape, table)
-    if size is None:
+    size, count = compulsory_bytes(operation, shape, table), operations(operation, shape)
+    if size is None or count is None:
         return None
-    arithmetic = _FLOPS[operation] * shape.evaluations / peaks.flops
-    return 1e6 * max(size / peaks.bandwidth, arithmetic)
+    return 1e6 * max(size / peaks.bandwidth, count / peaks.flops)
+
+
+def operations(operation: Operation, shape: LayerShape) -> int | None:
+    """Multiplications and additions that a call cannot do without; None where that is not known."""
+    return _FLOPS[operation] * shape.evaluations if operation in _FLOPS else None
 
 
 def compulsory_bytes(

@@ -18,6 +18,7 @@ from lmkan_gen import __version__, dispatch, selection, toolchain
 from lmkan_gen import device as devices
 from lmkan_gen.families import families, family
 from lmkan_gen.freshness import is_stale
+from lmkan_gen.outputs import require_writable
 from lmkan_gen.problem import CALL_OPERATIONS, LayerShape, Operation, Problem, TableDtype
 from lmkan_gen.text import cleaned, printable
 from lmkan_gen.toolchain import store
@@ -95,6 +96,7 @@ def tune(
     chip = devices.of(device)
     problems = _problems(shapes, operations, chip, table)
     output = output or default_output(chip)
+    require_writable(output)
     if output.exists():
         _require_same_device(load(output), chip, output)
     shared = None if storage_url is None else storage.shared(storage_url)
@@ -266,8 +268,12 @@ class _Run:
             if entry is not None:
                 seconds = time.monotonic() - began
                 self.records.append(
-                    record.ProblemRecord.of(entry, space, study.results, search.ranking, seconds)
+                    record.ProblemRecord.of(
+                        entry, space, study.results, search.ranking, seconds, search.cut_short
+                    )
                 )
+            if search.cut_short:
+                self.observer.cut_short(problem, len(study.results), search.total)
         else:
             why = "no candidate fits; limits broken: " + ", ".join(sorted(space.tally.rejected))
         if entry is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from lmkan_gen.tuner.space import Candidate, Space
 from lmkan_gen.tuner.study import Study
 from lmkan_gen.tuner.worker import FAILURES, Rejected, Worker
 from lmkan_gen.tuning_file import Dtypes, Entry, Search, ShapeRecord, Times
+
+logger = logging.getLogger("lmkan_gen")
 
 _FINALISTS = 3
 #: candidates compiled together, at least and at most, and how often a search learns at least; more would
@@ -60,12 +63,15 @@ class ProblemSearch:
         self._space = space
         self._study = study
         self._worker = worker
-        self._total = space.size(trials)
+        #: how many candidates will be tried, if time allows
+        self.total = space.size(trials)
         self._deadline = deadline
         self._report = report
         self._on_rejected = on_rejected
         #: what the finalists and the default took when they were measured again, in turns
         self.ranking: dict[Candidate, Timing] = {}
+        #: whether the deadline ended the search before all candidates were tried
+        self.cut_short = False
 
     def run(self) -> Entry | None:
         """Search and rank.
@@ -81,10 +87,11 @@ class ProblemSearch:
             self._try_all()
         finally:
             self._study.release()
+        self.cut_short = self._late() and len(self._study.results) < self.total
         return self._rank()
 
     def _try_all(self) -> None:
-        ahead = compiles_ahead(self._problem.device.kind, self._total)
+        ahead = compiles_ahead(self._problem.device.kind, self.total)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile-ahead") as executor:
             started = self._start(executor)
             while started is not None:
@@ -106,18 +113,18 @@ class ProblemSearch:
         return self._deadline is not None and time.monotonic() > self._deadline
 
     def _tell(self, phase: Phase, done: int) -> None:
-        self._report(phase, done, self._total, self._best_us())
+        self._report(phase, done, self.total, self._best_us())
 
     def _best_us(self) -> float | None:
         best = self._study.best()
         return None if best is None else best[1].median
 
     def _next_batch(self, wait: bool) -> list[Candidate]:
-        most = batch_size(self._total, usable_cores())
+        most = batch_size(self.total, usable_cores())
         batch: list[Candidate] = []
         while not (self._study.results and self._late()):
             self._study.refresh()
-            left = self._total - len(self._study.results) - self._study.taken
+            left = self.total - len(self._study.results) - self._study.taken
             while len(batch) < min(left, most) and (candidate := self._study.ask()) is not None:
                 batch.append(candidate)
             if batch or not wait or not self._study.elsewhere:
@@ -144,7 +151,10 @@ class ProblemSearch:
             else:
                 result = self._measure(candidate, check=True, best_us=self._best_us())
             if isinstance(result, Rejected):
+                logger.debug("tried %s: %s: %s", candidate, result.reason, result)
                 self._on_rejected(candidate, result)
+            else:
+                logger.debug("tried %s: %.2f us", candidate, result.median)
             self._study.tell(candidate, result)
             self._tell("measuring", len(self._study.results))
 
@@ -167,10 +177,12 @@ class ProblemSearch:
         if not found.times:
             return None
         self.ranking = found.times
-        return self._entry(winner(found.times, default), found)
+        best = winner(found.times, default)
+        logger.debug("winner of %d finalists: %s", len(found.times), best)
+        return self._entry(best, found)
 
     def _measure_again(self, candidate: Candidate) -> Timing | None:
-        self._tell("ranking", self._total)
+        self._tell("ranking", self.total)
         result = self._measure(candidate, check=False, best_us=None)
         if isinstance(result, Rejected):
             self._on_rejected(candidate, result)

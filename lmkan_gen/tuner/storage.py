@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -17,6 +19,14 @@ from sqlalchemy.exc import DBAPIError
 
 #: seconds after which the lock of a journal counts as left by a killed process; writing takes milliseconds
 _LOCK_S = 10
+
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
+_SCHEME_WITHOUT_COLON = re.compile(r"[A-Za-z][A-Za-z0-9+-]*//")
+_FORMS = (
+    "it must be a journal file's path, redis://..., or a database URL whose driver is installed, such as "
+    "postgresql+psycopg://user@host/database with `pip install psycopg[binary]`"
+)
 
 
 class StorageFailed(OSError):
@@ -66,9 +76,14 @@ def shared(url: str) -> BaseStorage:
     Raises:
         StorageFailed: it cannot be opened; a database's driver may be missing.
     """
-    scheme, _, rest = url.rpartition("://")
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        _require_plain_path(url)
+        scheme, rest = "journal", url
+    elif not _SCHEME.fullmatch(scheme):
+        raise StorageFailed(f"cannot open the storage: what stands before :// is no scheme; {_FORMS}")
     try:
-        if scheme in ("", "journal"):
+        if scheme == "journal":
             path = Path(rest).expanduser().absolute()
             path.parent.mkdir(parents=True, exist_ok=True)
             return _journal(path)
@@ -76,13 +91,32 @@ def shared(url: str) -> BaseStorage:
             return JournalStorage(JournalRedisBackend(url))
         return _database(url)
     except Exception as error:  # each driver has its own
-        first, *_ = str(error).splitlines() or [type(error).__name__]
-        # a URL may hold a password
+        first, *_ = str(error).splitlines() or [""]
+        words = f"{type(error).__name__}: {first if scheme == 'journal' else without_secrets(first, url)}"
+        # not chained: tracebacks print what the driver said, which may be the URL
+        raise StorageFailed(f"cannot open the storage ({scheme}): {words}; {_FORMS}") from None
+
+
+def _require_plain_path(text: str) -> None:
+    """Refuse what is more likely a URL with a mistake, whose password would become part of a file's name."""
+    if ":" in text or "@" in text or _SCHEME_WITHOUT_COLON.match(text):
         raise StorageFailed(
-            f"cannot open the storage ({scheme or 'journal'}): {first}; it must be a journal file's path, "
-            "redis://..., or a database URL whose driver is installed, such as "
-            "postgresql+psycopg://user@host/database with `pip install psycopg[binary]`"
-        ) from error
+            "cannot open the storage: it has no :// and yet looks like a URL (not shown here, since it may "
+            f"hold a password); {_FORMS}. A file with such a name is journal://PATH"
+        )
+
+
+def without_secrets(text: str, url: str) -> str:
+    """``text`` without any part of a storage URL that may be a password, well-formed or not."""
+    _, _, rest = url.partition("://")
+    credentials, at, behind = rest.rpartition("@")
+    _, _, query = behind.partition("?")
+    secret = f"{credentials}&{query}" if at else rest
+    parts = {part for piece in (secret, unquote(secret)) for part in re.split(r"[:/@?&=#\s]", piece)}
+    for part in sorted({secret, unquote(secret), url, *parts}, key=len, reverse=True):
+        if part:
+            text = text.replace(part, "***")
+    return text
 
 
 def _database(url: str) -> BaseStorage:
@@ -98,6 +132,8 @@ def _database(url: str) -> BaseStorage:
 
 
 def _journal(path: Path) -> BaseStorage:
+    # nobody else's to read; a journal that others share is made by hand, with the permissions that it needs
+    path.touch(mode=0o600)
     return JournalStorage(_Journal(str(path), _RepairingLock(str(path), grace_period=_LOCK_S)))
 
 

@@ -12,7 +12,8 @@ import re
 import resource
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -199,7 +200,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, str(self._device)), daemon=True)
-        self._process.start()
+        with _no_interrupts(), _safe_path():
+            self._process.start()
         theirs.close()
 
     def _ask(self, request: _Request, seconds: float) -> _Reply:
@@ -229,6 +231,30 @@ def _exit(code: int | None) -> str:
     if code is not None and code < 0:
         return signal.Signals(-code).name
     return f"exit code {code}"
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Let processes that start within not hear of Ctrl-C, on which they would print a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Keep Python processes that start within from taking files of the current directory for modules."""
+    name, before = "PYTHONSAFEPATH", os.environ.get("PYTHONSAFEPATH")
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _serve(connection: Connection, device_name: str) -> None:
