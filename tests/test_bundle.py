@@ -357,7 +357,7 @@ def test_what_a_bundle_brought_is_listed_verified_and_removed(
     assert (code, f"{directory}: kernel.cpp was changed" in said, "0 of 1" in said) == (1, True, True)
     (directory / "kernel.so").unlink()
     assert f"{directory}: incomplete" in run("cache", "verify")[1]
-    assert run("cache", "clear")[1].startswith("removed 1 compiled kernels")
+    assert run("cache", "clear")[1].startswith("removed 1 compiled kernel from")
     assert "no compiled kernels" in run("cache", "list")[1]
 
 

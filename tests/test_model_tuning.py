@@ -194,7 +194,7 @@ def test_command(
         (["--model", "factory_module:nothing"], "must return a model"),
         (["--model", "factory_module:model"], "give the samples"),
         (["--model", "factory_module:model", "--batch", "4,x"], "64,1024"),
-        (["--model", "factory_module:model", "--batch", "0"], "batch must be at least 1"),
+        (["--model", "factory_module:model", "--batch", "0"], "'0' is not a list of positive numbers"),
         (["--model", "factory_module:with_input", "--batch", "4"], "leave it out"),
         (["--shape", "6,8,4,9", "--batch", "4"], "goes with a model"),
         ([], "--model"),

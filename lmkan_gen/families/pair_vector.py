@@ -10,14 +10,12 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from lmkan_gen.families.base import Family, Parameters, Violation
-from lmkan_gen.families.registers import lanes
+from lmkan_gen.families.registers import gather_violations, is_half_empty, lanes
 from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan, Workspace, strides
 from lmkan_gen.problem import Operation, Problem
 
 _BLOCK = 16  # pairs that samples' coordinates are padded to
 _TILES = (4, 8, 16, 32, 64)
-#: indices are 32-bit integers
-_MOST_PARAMETERS = 2**31 - 1
 #: Up to how many samples cost less than to arrange a table: so many, and one more for each so many knots, as
 #: few samples touch few of many knots. Measured on widths of 64 to 512 and 8 to 28 grids.
 _FEW = {Operation.FORWARD: (4, 40), Operation.GRAD_INPUT: (4, 100), Operation.GRAD_TABLE: (1, 100)}
@@ -66,17 +64,11 @@ class PairVector(Family):
             found.append(
                 Violation("constant", "a table that stays as it is is better read as rows of outputs")
             )
-        count = problem.shape.table_bytes // 4
-        if count > _MOST_PARAMETERS:
-            found.append(
-                Violation("indices", f"the table has {count} parameters, at most {_MOST_PARAMETERS} fit")
-            )
-        return found
+        return found + gather_violations(problem.shape)
 
     def wasted(self, problem: Problem, parameters: Parameters) -> bool:
         """Whether a smaller tile would hold all outputs as well."""
-        tile = int(parameters.get("outputs_tile", _TILES[0]))
-        return tile > _TILES[0] and tile // 2 >= problem.shape.outputs
+        return is_half_empty(problem.shape, parameters, _TILES[0])
 
     def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
         """See base class."""

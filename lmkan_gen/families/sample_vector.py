@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from lmkan_gen.families.base import Family, Parameters, Violation
-from lmkan_gen.families.registers import lanes
+from lmkan_gen.families.registers import gather_violations, is_half_empty, lanes
 from lmkan_gen.plan import Constant, KernelSpec, Launch, LaunchPlan, strides
 from lmkan_gen.problem import Operation, Problem
 
@@ -18,8 +18,6 @@ _TILES = (1, 2, 4, 8)
 #: do for a few samples of a table that would have to be arranged. Measured with 64 inputs, 8 and 28 grids.
 _FEW = {Operation.FORWARD: 1, Operation.GRAD_INPUT: 2}
 _FEW_OF_FEW_SAMPLES, _FEW_SAMPLES = 4, 64
-#: indices are 32-bit integers
-_MOST_PARAMETERS = 2**31 - 1
 
 
 class SampleVector(Family):
@@ -56,15 +54,11 @@ class SampleVector(Family):
 
     def violations(self, problem: Problem, parameters: Parameters) -> list[Violation]:
         """See base class."""
-        count = problem.shape.table_bytes // 4
-        if count <= _MOST_PARAMETERS:
-            return []
-        return [Violation("indices", f"the table has {count} parameters, at most {_MOST_PARAMETERS} fit")]
+        return gather_violations(problem.shape)
 
     def wasted(self, problem: Problem, parameters: Parameters) -> bool:
         """Whether a smaller tile would hold all outputs as well."""
-        tile = int(parameters.get("outputs_tile", _TILES[0]))
-        return tile > _TILES[0] and tile // 2 >= problem.shape.outputs
+        return is_half_empty(problem.shape, parameters, _TILES[0])
 
     def spec(self, problem: Problem, parameters: Parameters) -> KernelSpec:
         """See base class."""
